@@ -1,0 +1,45 @@
+"""Errors that are for the reader: what was asked, what was found, what to do.
+
+Everything a user can get wrong raises an :class:`LmxError`. The command line prints its text as one
+paragraph and exits with status 2; any other exception is a defect of lmx and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LmxError(ValueError):
+    """Something the user can mend. The message says what was asked, what was found and what to do."""
+
+
+class ConfigError(LmxError):
+    """A field of the configuration is unknown, mistyped, out of range or at odds with another."""
+
+
+class DataError(LmxError):
+    """A corpus, a record or a tokenizer file is missing, empty or malformed."""
+
+
+class CheckpointError(LmxError):
+    """A working directory or a checkpoint is missing, damaged or belongs to another configuration."""
+
+
+class TrainingError(LmxError):
+    """Training cannot go on: the loss is no longer finite, or the hardware cannot hold the run."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the known name closest to ``name``, or the whole list."""
+    known = sorted(known)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not matches:  # `attention.num_heads` misplaced as `num_heads`: compare the last words too
+        last = {other.rsplit(".", 1)[-1]: other for other in known}
+        matches = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
+    if matches:
+        return f"; did you mean {matches[0]!r}?"
+    return f"; known: {', '.join(known)}"
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> LmxError:
+    """The error for an optional package that is not installed."""
+    return LmxError(f"{purpose} needs the package {package!r}, which is not installed. Run: pip install 'lmx[{extra}]'")
