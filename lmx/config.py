@@ -88,7 +88,9 @@ class Model:
     relative_buckets: int = option(32, "Buckets of T5's relative bias.", low=2)
     relative_max_distance: int = option(128, "Distance from which all positions share the last bucket.", low=2)
 
-    attention_scale: str = option("rsqrt", "Scores times 1/sqrt(head_dim), or as they are (T5).", choices=("rsqrt", "none"))
+    attention_scale: str = option(
+        "rsqrt", "Scores times 1/sqrt(head_dim), or as they are (T5).", choices=("rsqrt", "none")
+    )
     attention_windows: tuple[int, ...] = option(
         (0,), "Window of attention in tokens, cycled over the layers; 0 is dense. GPT-3: (0, 128)."
     )
@@ -143,7 +145,9 @@ class Objective:
         "The objective.",
         choices=("mlm", "causal", "prefix_lm", "span_corruption", "seq2seq", "classification"),
     )
-    mask_rate: float = option(0.15, "Fraction of tokens masked (mlm) or in noise spans (span_corruption).", low=0, high=1)
+    mask_rate: float = option(
+        0.15, "Fraction of tokens masked (mlm) or in noise spans (span_corruption).", low=0, high=1
+    )
     mask_split: tuple[float, ...] = option(
         (0.8, 0.1, 0.1), "Of the chosen tokens: to [MASK], to a random token, kept (BERT). Textbook: (1, 0, 0)."
     )
@@ -220,7 +224,9 @@ class Optimizer:
     weight_decay: float = option(0.1, "Decoupled weight decay, on matrices only.", low=0)
     clip_norm: float = option(1.0, "Clip gradients to this global norm; 0: never.", low=0)
     ema_decay: float = option(0.0, "Decay of the running mean of parameters used to evaluate; 0: none.", low=0, high=1)
-    layer_decay: float = option(1.0, "Learning rate times this per layer below the head (ULMFiT; 1: equal).", low=0, high=1)
+    layer_decay: float = option(
+        1.0, "Learning rate times this per layer below the head (ULMFiT; 1: equal).", low=0, high=1
+    )
     freeze_body: bool = option(False, "Train the heads alone.")
 
 
@@ -229,7 +235,9 @@ class Train:
     """The loop."""
 
     steps: int = option(1000, "Optimizer steps in all.", low=1)
-    global_batch_size: int = option(32, "Rows a step, over all devices and micro-batches. Never changes by itself.", low=1)
+    global_batch_size: int = option(
+        32, "Rows a step, over all devices and micro-batches. Never changes by itself.", low=1
+    )
     max_rows_per_device: int | None = option(
         None, "Most rows a device computes at once; more are split into micro-batches.", low=1
     )
@@ -406,11 +414,15 @@ def _checked(name: str, field: dataclasses.Field, value: Any) -> Any:
         value = float(value)
     if typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
-        elements = tuple(float(v) if element is float and type(v) is int else v for v in value) if isinstance(
-            value, (tuple, list)
-        ) else (value,)
+        elements = (
+            tuple(float(v) if element is float and type(v) is int else v for v in value)
+            if isinstance(value, (tuple, list))
+            else (value,)
+        )
         if not isinstance(value, (tuple, list)) or any(type(v) is not element for v in elements):
-            raise ConfigError(f"{name} must be a tuple of {element.__name__}, not {value!r}. {field.metadata['meaning']}")
+            raise ConfigError(
+                f"{name} must be a tuple of {element.__name__}, not {value!r}. {field.metadata['meaning']}"
+            )
         value = elements
     elif type(value) is not kind:
         raise ConfigError(
@@ -456,7 +468,9 @@ def _check_together(config: Config) -> None:
         f"sinusoidal positions need an even model.embed_dim, not {model.embed_dim}.",
     )
     require(len(model.attention_windows) > 0, "model.attention_windows is empty; (0,) is dense attention everywhere.")
-    require(all(w >= 0 for w in model.attention_windows), "model.attention_windows holds a negative window; 0 is dense.")
+    require(
+        all(w >= 0 for w in model.attention_windows), "model.attention_windows holds a negative window; 0 is dense."
+    )
     period = layer_period(model)
     for name in ("num_layers", "num_decoder_layers"):
         layers = getattr(model, name)

@@ -1,0 +1,1 @@
+"""The one Transformer, as pure Flax modules. Start reading in :mod:`lmx.models.transformer`."""

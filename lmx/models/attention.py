@@ -1,0 +1,107 @@
+"""Multi-head attention as a module: projections, rotary positions and the decoding cache around the kernel."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from lmx.config import Model
+from lmx.kernels import attention as kernels
+from lmx.kernels.attention import Mask
+from lmx.models.layers import Projection, residual_scale
+from lmx.models.positions import rotate
+
+
+@struct.dataclass
+class Cache:
+    """Where decoding stands. Keys and values themselves are the "cache" collection of the attention modules.
+
+    Attributes:
+      index: slots filled before this call; its tokens go to the slots from there on.
+      segments: 1 for slots that hold, or will hold, a token of the row; 0 for padding before its prompt.
+      prefix: 1 for slots that every later one and each other see (prefix LM), or none.
+    """
+
+    index: Int[Array, ""]
+    segments: Int[Array, "batch slots"]
+    prefix: Int[Array, "batch slots"] | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2), grouped or multi-query by ``num_kv_heads``.
+
+    Attributes:
+      window: tokens that a query sees back (and ahead, unless causal), itself included; 0 sees all.
+      cross: keys and values come from ``context``.
+    """
+
+    config: Model
+    window: int = 0
+    cross: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch query embed"],
+        context: Float[Array, "batch key embed"],
+        *,
+        mask: Mask,
+        positions: Int[Array, "batch query"],
+        bias: Float[Array, "1 heads query key"] | None = None,
+        cache: Cache | None = None,
+        train: bool = False,
+    ) -> Float[Array, "batch query embed"]:
+        config = self.config
+        head_dim = config.head_dim or config.embed_dim // config.num_heads
+        # Unscaled scores keep unit variance when the query starts smaller (T5, Mesh TensorFlow's fan-in rule).
+        folded = head_dim**-0.5 if config.attention_scale == "none" and config.initializer == "fan_in" else 1.0
+        shape, axes = (config.num_heads, head_dim), ("embed", "heads", "head_dim")
+        query = Projection(config, shape, axes, init_scale=folded, name="query")(x)
+        if config.position == "rotary" and not self.cross:
+            query = rotate(query, positions, config.rotary_base)
+        key, value = self._keys_and_values(context, head_dim, positions, cache)
+        names = ("batch", "length", "heads", "head_dim")
+        query = nn.with_logical_constraint(query, names)
+        rate = config.attention_dropout if train else 0.0
+        output, weights = kernels.attention(
+            query,
+            key,
+            value,
+            mask,
+            scale=head_dim**-0.5 if config.attention_scale == "rsqrt" else 1.0,
+            window=self.window,
+            bias=bias,
+            dropout_rate=rate,
+            dropout_rng=self.make_rng("dropout") if rate else None,
+        )
+        self.sow("intermediates", "weights", weights)
+        output = nn.with_logical_constraint(output, names)
+        axes = ("heads", "head_dim", "embed")
+        scale = residual_scale(config)
+        return Projection(config, (config.embed_dim,), axes, num_inputs=2, init_scale=scale, name="out")(output)
+
+    def _keys_and_values(self, context, head_dim, positions, cache):
+        """Keys and values of ``context``, or of all slots of the cache once ``context`` has been put there."""
+        config = self.config
+        if self.cross and self.has_variable("cache", "key"):  # the encoder's output does not change
+            return self.get_variable("cache", "key"), self.get_variable("cache", "value")
+        kv_heads = config.num_kv_heads or config.num_heads
+        axes = ("embed", "kv_heads", "head_dim")
+        key = Projection(config, (kv_heads, head_dim), axes, name="key")(context)
+        value = Projection(config, (kv_heads, head_dim), axes, name="value")(context)
+        if config.position == "rotary" and not self.cross:
+            key = rotate(key, positions, config.rotary_base)
+        names = ("batch", "length", "kv_heads", "head_dim")
+        key, value = (nn.with_logical_constraint(x, names) for x in (key, value))
+        if cache is None:
+            return key, value
+        return self._cached("key", key, cache), self._cached("value", value, cache)
+
+    def _cached(self, name, new, cache):
+        if self.cross:
+            return self.variable("cache", name, lambda: new).value
+        slots = (new.shape[0], cache.segments.shape[1], *new.shape[2:])
+        stored = self.variable("cache", name, jnp.zeros, slots, new.dtype)
+        stored.value = jax.lax.dynamic_update_slice_in_dim(stored.value, new, cache.index, axis=1)
+        return stored.value

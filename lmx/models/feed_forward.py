@@ -1,0 +1,47 @@
+"""The position-wise feed-forward network, plain and gated."""
+
+import functools
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from lmx.config import Model
+from lmx.models.layers import Projection, residual_scale
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "geglu": functools.partial(jax.nn.gelu, approximate=True),
+    "swiglu": jax.nn.silu,
+}
+
+
+def is_gated(config: Model) -> bool:
+    """Whether the hidden layer is ``activation(x W_gate) * (x W_in)`` (Shazeer 2020, equations 5 and 6)."""
+    return config.activation in ("geglu", "swiglu")
+
+
+class FeedForward(nn.Module):
+    """``activation(x W_in + b) W_out + b`` (Vaswani et al. 2017, equation 2), or gated (Shazeer 2020)."""
+
+    config: Model
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length embed"], train: bool = False
+    ) -> Float[Array, "batch length embed"]:
+        config = self.config
+        axes = ("embed", "mlp")
+        hidden = Projection(config, (config.mlp_dim,), axes, name="in")(x)
+        activation = ACTIVATIONS[config.activation]
+        if is_gated(config):
+            hidden = activation(Projection(config, (config.mlp_dim,), axes, name="gate")(x)) * hidden
+        else:
+            hidden = activation(hidden)
+        hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+        hidden = nn.Dropout(config.mlp_dropout, deterministic=not train)(hidden)
+        scale = residual_scale(config)
+        return Projection(config, (config.embed_dim,), ("mlp", "embed"), init_scale=scale, name="out")(hidden)

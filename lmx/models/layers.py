@@ -1,0 +1,107 @@
+"""The smallest pieces: initializers, projections and norms. All parameters are float32 and carry the logical
+names of their axes; all computation is in ``config.dtype``."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lmx.config import Model
+
+
+def kernel_init(config: Model, num_inputs: int = 1, *, scale: float = 1.0, batched: bool = False):
+    """The initializer of a kernel whose first ``num_inputs`` axes are contracted.
+
+    Args:
+      config: gives the scheme: normal (BERT, GPT), fan_in (T5, Switch) or xavier (Vaswani).
+      num_inputs: how many leading axes are inputs; the others are outputs.
+      scale: multiplies the standard deviation.
+      batched: the first axis counts independent kernels (experts) and belongs to neither.
+    """
+    if config.initializer == "normal":
+        matrix = nn.initializers.normal(config.init_stddev * scale)
+    elif config.initializer == "fan_in":
+        matrix = nn.initializers.variance_scaling(config.init_scale * scale**2, "fan_in", "truncated_normal")
+    else:
+        matrix = nn.initializers.variance_scaling(scale**2, "fan_avg", "uniform")
+
+    def init(rng, shape, dtype=jnp.float32):
+        if batched:
+            return jax.vmap(lambda key: init_one(key, shape[1:], dtype))(jax.random.split(rng, shape[0]))
+        return init_one(rng, shape, dtype)
+
+    def init_one(rng, shape, dtype):
+        inputs = math.prod(shape[:num_inputs])
+        return matrix(rng, (inputs, math.prod(shape[num_inputs:])), dtype).reshape(shape)
+
+    return init
+
+
+def residual_scale(config: Model) -> float:
+    """GPT-2's factor on the initial values of projections that write to the residual stream (section 2.3)."""
+    return 1 / math.sqrt(2 * config.num_layers) if config.scale_residual_init else 1.0
+
+
+class Projection(nn.Module):
+    """``x @ kernel + bias`` over the last ``num_inputs`` axes of ``x``.
+
+    Attributes:
+      features: sizes of the output axes.
+      axes: logical names of the kernel's axes, inputs first.
+      num_inputs: how many axes are contracted.
+      init_scale: multiplies the initial standard deviation.
+      use_bias: none takes ``config.use_bias``.
+    """
+
+    config: Model
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    num_inputs: int = 1
+    init_scale: float = 1.0
+    use_bias: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        dtype = jnp.dtype(self.config.dtype)
+        shape = x.shape[x.ndim - self.num_inputs :] + self.features
+        init = kernel_init(self.config, self.num_inputs, scale=self.init_scale)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
+        y = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=self.num_inputs)
+        if self.config.use_bias if self.use_bias is None else self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_inputs :])
+            y += self.param("bias", init, self.features).astype(dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last axis, computed in float32."""
+
+    config: Model
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
+        config, width = self.config, x.shape[-1]
+        y = x.astype(jnp.float32)
+        if config.norm == "layernorm":
+            y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + config.norm_epsilon)
+        y *= self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (width,))
+        if config.norm == "layernorm" and config.use_bias:
+            y += self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (width,))
+        return y.astype(config.dtype)
+
+
+class Table(nn.Module):
+    """A table of vectors, looked up by id."""
+
+    config: Model
+    rows: int
+    axis: str | None = None
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "rows embed"]:
+        init = nn.initializers.normal(self.config.embedding_stddev)
+        init = nn.with_logical_partitioning(init, (self.axis, "embed"))
+        return self.param("table", init, (self.rows, self.config.embed_dim)).astype(self.config.dtype)

@@ -1,0 +1,129 @@
+"""A stack of layers, scanned or unrolled, and the function that takes parameters from one form to the other.
+
+Layers that differ in kind (attention windows, sparse layers) repeat with a period. One step of the scan holds
+one period, so a stack of any pattern compiles once per kind of layer.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lmx.config import Model, layer_period
+from lmx.models.block import Block, Context
+from lmx.models.layers import Norm
+from lmx.models.positions import RelativeBias
+
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+def _block(config: Model, index: int, cross: bool, name: str, remat: bool = False) -> Block:
+    """The layer that stands at ``index``, counted from 0."""
+    windows, experts = config.attention_windows, config.experts
+    sparse = experts.num_experts > 0 and index % experts.every == experts.every - 1
+    cls = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=True) if remat else Block
+    return cls(config, windows[index % len(windows)], sparse, cross, name=name)
+
+
+class Period(nn.Module):
+    """The layers of one period: the body of the scan."""
+
+    config: Model
+    cross: bool
+
+    @nn.compact
+    def __call__(self, x, context):
+        for index in range(layer_period(self.config)):
+            x = _block(self.config, index, self.cross, f"block_{index}")(x, context)
+        return x, None
+
+
+class Stack(nn.Module):
+    """``num_layers`` layers and what they share: T5's bias before them, the final norm after them.
+
+    Attributes:
+      cross: layers attend to an encoder's output as well.
+      causal: whether the stack sees only backwards (it decides T5's buckets; the mask comes with the context).
+    """
+
+    config: Model
+    num_layers: int
+    cross: bool = False
+    causal: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length embed"], context: Context) -> Float[Array, "batch length embed"]:
+        config = self.config
+        if config.position == "relative":
+            bias = RelativeBias(config, bidirectional=not self.causal, name="relative_bias")
+            context = context.replace(bias=bias(context.mask.query_index, context.mask.key_index))
+        self.sow("intermediates", "embeddings", x)
+        x = self._scanned(x, context) if config.scan_layers else self._unrolled(x, context)
+        if config.norm_position == "pre" and config.final_norm:
+            x = Norm(config, name="final_norm")(x)
+        x = nn.Dropout(config.final_dropout, deterministic=not context.train)(x)
+        self.sow("intermediates", "output", x)
+        return x
+
+    def _scanned(self, x, context):
+        config = self.config
+        body = Period
+        if config.remat != "none":
+            body = nn.remat(Period, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        layers = nn.scan(
+            body,
+            variable_axes={"params": 0, "cache": 0, "intermediates": 0, "experts": 0},
+            split_rngs={"params": True, "dropout": True, "jitter": True},
+            in_axes=nn.broadcast,
+            length=self.num_layers // layer_period(config),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return layers(config, self.cross, name="layers")(x, context)[0]
+
+    def _unrolled(self, x, context):
+        for index in range(self.num_layers):
+            remat = self.config.remat != "none"
+            x = _block(self.config, index, self.cross, f"layers_{index}", remat)(x, context)
+        return x
+
+
+def unroll_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters (or any collection) of scanned stacks, as those of unrolled ones: ``layers/block_j[i]`` becomes
+    ``layers_{i * period + j}``."""
+    unrolled = {}
+    for name, child in params.items():
+        if name == "layers":
+            period = len(child)
+            groups = len(jax.tree.leaves(child)[0])
+            for index in range(groups * period):
+                block = child[f"block_{index % period}"]
+                unrolled[f"layers_{index}"] = jax.tree.map(lambda leaf, i=index // period: leaf[i], block)
+        else:
+            unrolled[name] = unroll_params(child) if isinstance(child, Mapping) else child
+    return unrolled
+
+
+def stack_params(params: Mapping[str, Any], period: int) -> dict[str, Any]:
+    """The inverse of :func:`unroll_params`; ``period`` is :func:`lmx.config.layer_period` of the model."""
+    layers = {name: child for name, child in params.items() if re.fullmatch(r"layers_\d+", name)}
+    stacked = {
+        name: stack_params(child, period) if isinstance(child, Mapping) else child
+        for name, child in params.items()
+        if name not in layers
+    }
+    if layers:
+        stacked["layers"] = {
+            f"block_{j}": jax.tree.map(
+                lambda *leaves: jnp.stack(leaves), *(layers[f"layers_{i}"] for i in range(j, len(layers), period))
+            )
+            for j in range(period)
+        }
+    return stacked
