@@ -36,10 +36,17 @@ def unrolled_params(seed: int = 0, stacks: tuple[str, ...] = ("decoder",)) -> di
     params = {"embeddings": {"tokens": {"table": rng.normal(size=(11, EMBED)).astype(np.float32)}}}
     for stack in stacks:
         layers = {f"layers_{i}": block(rng, sparse=i % PERIOD == 1) for i in range(LAYERS)}
-        layers = {name: jax.tree.map(lambda x, i=i: x * 10.0**i, layer) for i, (name, layer) in enumerate(layers.items())}
+        layers = {
+            name: jax.tree.map(lambda x, i=i: x * 10.0**i, layer) for i, (name, layer) in enumerate(layers.items())
+        }
         table = rng.normal(size=(HEADS, 6)).astype(np.float32)
-        params[stack] = layers | {"final_norm": {"scale": np.ones(EMBED, np.float32)}, "relative_bias": {"table": table}}
-    params["heads"] = {"lm": {"kernel": rng.normal(size=(EMBED, 11)).astype(np.float32), "bias": np.ones(11, np.float32)}}
+        params[stack] = layers | {
+            "final_norm": {"scale": np.ones(EMBED, np.float32)},
+            "relative_bias": {"table": table},
+        }
+    params["heads"] = {
+        "lm": {"kernel": rng.normal(size=(EMBED, 11)).astype(np.float32), "bias": np.ones(11, np.float32)}
+    }
     return params
 
 
@@ -74,7 +81,9 @@ def options(name: str = "adamw", **changes) -> Optimizer:
 
 
 def paths(tree) -> dict:
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def assert_same(actual, expected, tolerance=2e-5):
@@ -158,7 +167,9 @@ def test_adafactor_factors_each_layer_by_itself():
 def test_muon_orthogonalizes_each_matrix():
     params = scan_params(unrolled_params())
     config = options("muon", learning_rate=1.0, weight_decay=0.0)
-    moved = jax.tree.map(lambda new, old: old - new, train(config, params, [scan_params(unrolled_params(1))]).params, params)
+    moved = jax.tree.map(
+        lambda new, old: old - new, train(config, params, [scan_params(unrolled_params(1))]).params, params
+    )
     block_0, block_1 = (moved["decoder"]["layers"][f"block_{j}"] for j in range(2))
     matrices = {
         "query": block_0["attention"]["query"]["kernel"].reshape(-1, EMBED, HEADS * HEAD_DIM),
@@ -232,7 +243,9 @@ def test_schedule_free_evaluates_the_average_of_z():
     params = {"heads": {"lm": {"kernel": np.ones((2, 2), np.float32)}}}
     gradient = jax.tree.map(np.ones_like, params)  # z moves by the learning rate, 0.1, each step
     state = train(config, params, [gradient] * 3)
-    np.testing.assert_allclose(optimizers.eval_params(state)["heads"]["lm"]["kernel"], np.mean([0.9, 0.8, 0.7]), rtol=1e-5)
+    np.testing.assert_allclose(
+        optimizers.eval_params(state)["heads"]["lm"]["kernel"], np.mean([0.9, 0.8, 0.7]), rtol=1e-5
+    )
     np.testing.assert_allclose(state.params["heads"]["lm"]["kernel"], 0.9 * 0.8 + 0.1 * 0.7, rtol=1e-5)
 
 
