@@ -90,8 +90,8 @@ def make_optimizer(optimizer: Optimizer, steps: int, params: PyTree) -> optax.Gr
     """
     if optimizer.name == "schedule_free_adamw" and (optimizer.ema_decay or not optimizer.b1):
         raise ConfigError(
-            "optimizer.name='schedule_free_adamw' averages the parameters with weight b1: it needs optimizer.b1 > 0 and "
-            f"optimizer.ema_decay = 0; found {optimizer.b1} and {optimizer.ema_decay}."
+            "optimizer.name='schedule_free_adamw' averages the parameters with weight b1: it needs optimizer.b1 > 0 "
+            f"and optimizer.ema_decay = 0; found {optimizer.b1} and {optimizer.ema_decay}."
         )
     if optimizer.freeze_body and not params.get("heads"):
         raise ConfigError(

@@ -153,11 +153,11 @@ def test_damage_is_told_and_the_earlier_checkpoint_named(tmp_path, victim):
         assert int(checkpoints.restore(abstract(make_state()), step=1)[0].step) == 1
 
 
-def test_saving_is_silent(tmp_path, capfd):
+def test_saving_is_silent(tmp_path, caplog):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(), {}, {})
     Checkpoints(tmp_path, read_only=True).close()
-    assert capfd.readouterr() == ("", "")
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_position_in_the_data_is_plain_json(tmp_path):

@@ -1,0 +1,167 @@
+"""The numbers of a run: ``metrics.jsonl``, TensorBoard files, and how fast the hardware is used."""
+
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lmx.errors import CheckpointError
+
+METRICS_FILE = "metrics.jsonl"
+
+# Dense bfloat16 multiply-add peak of a chip, in FLOP/s, by what `jax.Device.device_kind` holds; the first match counts.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p; v5e calls itself "TPU v5 lite"
+    "TPU v6": 918e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2.25e15,
+}
+
+
+class MetricsWriter:
+    """Appends a line a step to ``metrics.jsonl``, and the same numbers to ``tensorboard/``.
+
+    A line is written at once and whole. Lines of a step that was lost (newer than the checkpoint that a run
+    resumes from) and a last line torn by a kill are removed at opening, so every step stands once.
+
+    Args:
+      workdir: the run's folder.
+      resume_step: the step that the run goes on from; 0 for a new one.
+
+    Raises:
+      CheckpointError: an existing ``metrics.jsonl`` holds something else.
+    """
+
+    def __init__(self, workdir: str | Path, resume_step: int = 0):
+        self.folder = Path(workdir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / METRICS_FILE
+        if path.exists():
+            kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
+            beside = path.with_suffix(".jsonl.tmp")
+            beside.write_text("".join(map(_line, kept)), encoding="utf-8")
+            beside.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard(self.folder / "tensorboard", resume_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one line. Train and eval metrics of the same step belong in one call.
+
+        Args:
+          step: updates made so far; greater than in the line before.
+          metrics: numbers by name, ``train/loss`` or ``tokens_per_second``; device scalars are fetched.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        self._file.write(_line({"step": int(step), **values}))
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes both files."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
+    """The lines of a run's ``metrics.jsonl``, each with its ``step``; a torn last line is left out.
+
+    Raises:
+      CheckpointError: there is no such file, or a line before the last is no metrics line.
+    """
+    path = Path(workdir) / METRICS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: {workdir} is no workdir of `lmx train`.")
+    lines = []
+    *whole, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last one has no line end: torn
+    for number, text in enumerate(whole, start=1):
+        try:
+            line = json.loads(text)
+            line["step"] = int(line["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"line {number} of {path} is no metrics line ({text[:60]!r}): mend or remove it."
+            ) from error
+        lines.append(line)
+    return lines
+
+
+class Throughput:
+    """Tokens a second and model FLOPs utilization over the stretches between two readings.
+
+    Args:
+      flops_per_token: of the model, forward and backward (PaLM, appendix B); none reports no utilization.
+      peak: the FLOP/s of all devices together; none reports no utilization.
+    """
+
+    def __init__(self, flops_per_token: float | None = None, peak: float | None = None):
+        self._flops_per_token, self._peak = flops_per_token, peak
+        self._tokens, self._running_since, self._seconds = 0, time.perf_counter(), 0.0
+
+    def count(self, tokens: int) -> None:
+        """Adds the tokens of a finished step."""
+        self._tokens += tokens
+
+    def pause(self) -> None:
+        """Stops the clock: evaluations and checkpoints are no training time."""
+        if self._running_since is not None:
+            self._seconds += time.perf_counter() - self._running_since
+            self._running_since = None
+
+    def resume(self) -> None:
+        """Starts the clock again after :meth:`pause`."""
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """``tokens_per_second`` (and ``model_flops_utilization``) since the last reading; starts afresh."""
+        self.pause()
+        rate = self._tokens / self._seconds if self._seconds > 0 else math.nan
+        self._tokens, self._seconds = 0, 0.0
+        self.resume()
+        found = {"tokens_per_second": rate}
+        if self._flops_per_token and self._peak:
+            found["model_flops_utilization"] = rate * self._flops_per_token / self._peak
+        return found
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The dense bfloat16 peak of one device in FLOP/s, or None for a kind that is not known (and any CPU).
+
+    Sources: Google Cloud's TPU pages (v4 275, v5e 197, v5p 459, v6e 918 TFLOP/s a chip) and NVIDIA's data
+    sheets, SXM boards without sparsity (A100 312, H100 and H200 989, B200 2250 TFLOP/s). A JAX device of a
+    TPU v4 or later is a whole chip.
+    """
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
+
+
+def _line(values: Mapping[str, float]) -> str:
+    return json.dumps(values) + "\n"
+
+
+def _tensorboard(folder: Path, resume_step: int) -> Any:
+    """A TensorBoard writer, or None with one notice where the package is missing."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        print("No TensorBoard files: the package tensorboardX is not installed (pip install 'lmx[tensorboard]').")
+        return None
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
