@@ -84,8 +84,8 @@ class Attention(nn.Module):
     def _keys_and_values(self, context, head_dim, positions, cache):
         """Keys and values of ``context``, or of all slots of the cache once ``context`` has been put there."""
         config = self.config
-        if self.cross and self.has_variable("cache", "key"):  # the encoder's output does not change
-            return self.get_variable("cache", "key"), self.get_variable("cache", "value")
+        if self.cross and self.has_variable("cache", "cached_key"):  # the encoder's output does not change
+            return self.get_variable("cache", "cached_key"), self.get_variable("cache", "cached_value")
         kv_heads = config.num_kv_heads or config.num_heads
         axes = ("embed", "kv_heads", "head_dim")
         key = Projection(config, (kv_heads, head_dim), axes, name="key")(context)
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         key, value = (nn.with_logical_constraint(x, names) for x in (key, value))
         if cache is None:
             return key, value
-        return self._cached("key", key, cache), self._cached("value", value, cache)
+        return self._cached("cached_key", key, cache), self._cached("cached_value", value, cache)
 
     def _cached(self, name, new, cache):
         if self.cross:
