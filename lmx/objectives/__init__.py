@@ -1,0 +1,38 @@
+"""What is predicted and how it is scored. Each objective is one small file."""
+
+from typing import Any
+
+from lmx.config import Config
+from lmx.objectives.base import Batch, Example, Objective, check_lengths
+from lmx.objectives.causal import Causal
+from lmx.objectives.classification import Classification
+from lmx.objectives.mlm import MaskedLanguageModel
+from lmx.objectives.prefix_lm import PrefixLM
+from lmx.objectives.seq2seq import Seq2Seq
+from lmx.objectives.span_corruption import SpanCorruption
+
+__all__ = ["OBJECTIVES", "Batch", "Example", "Objective", "make_objective"]
+
+OBJECTIVES = {
+    "mlm": MaskedLanguageModel,
+    "causal": Causal,
+    "prefix_lm": PrefixLM,
+    "span_corruption": SpanCorruption,
+    "seq2seq": Seq2Seq,
+    "classification": Classification,
+}
+
+
+def make_objective(config: Config, tokenizer: Any) -> Objective:
+    """The objective that ``config.objective.name`` asks for.
+
+    Args:
+      config: a checked config; for classification with string labels, ``data.labels`` is filled in.
+      tokenizer: an ``lmx.text.tokenizers.Tokenizer``.
+
+    Raises:
+      ConfigError: the tokenizer lacks a token that the objective needs, or lengths do not fit.
+    """
+    objective = OBJECTIVES[config.objective.name](config, tokenizer)
+    check_lengths(objective, config)
+    return objective

@@ -1,0 +1,168 @@
+"""What every objective offers: a host part that makes examples and a device part that scores them.
+
+The host part turns a row of tokens (or a record) into an example with NumPy; the device part is pure JAX.
+An objective holds no parameters. All its randomness comes in as a generator, so an example is a pure
+function of (seed, index).
+"""
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lmx.config import Config
+from lmx.errors import ConfigError, DataError
+from lmx.kernels.cross_entropy import cross_entropy
+from lmx.text.packing import Cut
+
+Batch = Mapping[str, Array]
+Example = dict[str, np.ndarray]
+Sample = Callable[[np.random.Generator, int], np.ndarray]
+Term = tuple[Array, Array]
+
+
+class Objective(abc.ABC):
+    """What is predicted and how it is scored.
+
+    Attributes:
+      cut: how token documents become the rows that :meth:`view` takes; none where it takes records.
+      lengths: the length that each array of an example is zero-padded to; scalars are not named.
+      packable: several examples of records may share a row.
+      dynamic: a row's example is drawn afresh each epoch.
+      optimized: the terms whose means sum to the training loss.
+    """
+
+    cut: Cut | None = None
+    lengths: dict[str, int]
+    packable: bool = False
+    dynamic: bool = False
+    optimized: tuple[str, ...] = ("loss",)
+
+    @abc.abstractmethod
+    def view(self, row: Mapping[str, Any], rng: np.random.Generator, sample: Sample) -> Example:
+        """An example: 1-D arrays no longer than ``lengths`` says, and scalars.
+
+        Args:
+          row: ``tokens``, ``segments`` and ``positions`` of a row made by ``cut``, or a record of the source.
+          rng: the only source of randomness.
+          sample: ``sample(rng, length)`` draws a window of tokens from a random place of the corpus.
+        """
+
+    @abc.abstractmethod
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        """The weight of each optimized term, from the batch alone: what the loop divides the sums by."""
+
+    @abc.abstractmethod
+    def terms(self, model: Any, batch: Batch, train: bool = False) -> dict[str, Term]:
+        """Every term as ``(sum, weight)``; the optimized ones, and others that are only reported.
+
+        ``model`` is a bound module: ``transformer.apply(variables, batch, train, method=objective.terms)``.
+        Label smoothing and z-loss count in training only, so that held-out losses compare between configs.
+        """
+
+
+class TokenObjective(Objective):
+    """An objective whose loss is the mean cross-entropy of single tokens."""
+
+    label_smoothing: float
+    z_loss: float
+    weights_name = "weights"
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        return {"loss": jnp.sum(batch[self.weights_name])}
+
+    def token_terms(
+        self,
+        logits: Float[Array, "batch length vocab"],
+        targets: Int[Array, "batch length"],
+        weights: Float[Array, "batch length"],
+        train: bool,
+    ) -> dict[str, Term]:
+        """``loss`` (nats a token) and ``accuracy`` (fraction of tokens whose most likely id is the target)."""
+        smoothing, z_loss = (self.label_smoothing, self.z_loss) if train else (0.0, 0.0)
+        nll = cross_entropy(logits, targets, smoothing, z_loss)
+        correct = jnp.argmax(logits, axis=-1) == targets
+        weight = jnp.sum(weights)
+        return {"loss": (jnp.sum(nll * weights), weight), "accuracy": (jnp.sum(correct * weights), weight)}
+
+
+def exact_match(
+    logits: Float[Array, "batch length vocab"],
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
+    segments: Int[Array, "batch length"],
+) -> Term:
+    """Teacher-forced: examples with every token right, and how many examples there are.
+
+    An example is a segment of a row in which some target counts, so packed rows score as unpacked ones do.
+    """
+    wrong = weights * (jnp.argmax(logits, axis=-1) != targets)
+    per_segment = jax.vmap(lambda values, ids: jax.ops.segment_sum(values, ids, num_segments=values.shape[0] + 1))
+    present = per_segment(weights, segments) > 0
+    right = present & (per_segment(wrong, segments) == 0)
+    return jnp.sum(right, dtype=jnp.float32), jnp.sum(present, dtype=jnp.float32)
+
+
+def special_id(tokenizer: Any, names: tuple[str, ...], purpose: str) -> int:
+    """The first id among ``names`` that the tokenizer has (``("bos", "eos")``: bos, or else eos).
+
+    Raises:
+      ConfigError: it has none of them.
+    """
+    ids = (getattr(tokenizer, f"{name}_id") for name in names)
+    found = next((token for token in ids if token is not None), None)
+    if found is None:
+        raise ConfigError(
+            f"{purpose} needs a tokenizer with a {' or '.join(names)} token, and this one has none; choose another "
+            "config.tokenizer."
+        )
+    return found
+
+
+def optional_id(token: int | None) -> tuple[int, ...]:
+    """The id as a sequence of one, or of none where the tokenizer lacks it."""
+    return () if token is None else (token,)
+
+
+def one_segment(tokens: np.ndarray, prefix: str = "") -> Example:
+    """``tokens`` with the ``segments`` (all 1) and ``positions`` of a single document."""
+    length = len(tokens)
+    return {
+        f"{prefix}tokens": np.asarray(tokens, np.int32),
+        f"{prefix}segments": np.ones(length, np.int32),
+        f"{prefix}positions": np.arange(length, dtype=np.int32),
+    }
+
+
+def text_of(record: Mapping[str, Any], field: str, option: str) -> str:
+    """The text in a field of a record (bytes are UTF-8).
+
+    Raises:
+      DataError: there is no such field, it holds no text, or bytes that are not UTF-8.
+    """
+    if field not in record:
+        raise DataError(f"a record has no field {field!r} (data.{option}); it has {', '.join(map(repr, record))}.")
+    text = record[field]
+    if isinstance(text, bytes):
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"field {field!r} (data.{option}) of a record is not UTF-8: {error}.") from error
+    if not isinstance(text, str):
+        raise DataError(f"field {field!r} (data.{option}) of a record should hold text, not {text!r}.")
+    return text
+
+
+def check_lengths(objective: Objective, config: Config) -> None:
+    """Raises :class:`ConfigError` where a row is longer than the learned positions of the model."""
+    longest = max(objective.lengths.values())
+    if config.model.position == "learned" and longest > config.model.max_length:
+        raise ConfigError(
+            f"objective {config.objective.name!r} makes rows of {longest} tokens, but model.max_length is "
+            f"{config.model.max_length}, the positions that the learned table holds; raise model.max_length or lower "
+            "data.length and data.target_length."
+        )

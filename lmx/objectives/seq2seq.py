@@ -1,0 +1,89 @@
+"""Sequence to sequence: a target text from a source text (Sutskever et al. 2014; Vaswani et al. 2017)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lmx.config import Config
+from lmx.errors import DataError
+from lmx.objectives.base import (
+    Batch,
+    Example,
+    Sample,
+    Term,
+    TokenObjective,
+    exact_match,
+    one_segment,
+    special_id,
+    text_of,
+)
+
+
+class EncoderDecoderObjective(TokenObjective):
+    """Cross-entropy of a decoder's tokens given an encoder's, with teacher forcing.
+
+    ``exact_match`` is the fraction of examples with every token right given the right ones before it, which is also
+    the fraction that greedy decoding would write without an error.
+    """
+
+    weights_name = "decoder_weights"
+
+    def __init__(self, config: Config, tokenizer: Any):
+        purpose = f"objective {config.objective.name!r}"
+        self.eos = special_id(tokenizer, ("eos", "sep"), purpose)
+        self.start = special_id(tokenizer, ("pad", "bos", "eos"), purpose)
+        self.label_smoothing, self.z_loss = config.objective.label_smoothing, config.objective.z_loss
+
+    def set_lengths(self, encoder: int, decoder: int) -> None:
+        names = ("tokens", "segments", "positions")
+        self.lengths = {f"encoder_{name}": encoder for name in names}
+        self.lengths |= {f"decoder_{name}": decoder for name in (*names, "targets", "weights")}
+
+    def terms(self, model: Any, batch: Batch, train: bool = False) -> dict[str, Term]:
+        logits = model.lm_logits(model.hidden(batch, train=train))
+        targets, weights = batch["decoder_targets"], batch["decoder_weights"]
+        terms = self.token_terms(logits, targets, weights, train)
+        return terms | {"exact_match": exact_match(logits, targets, weights, batch["decoder_segments"])}
+
+
+class Seq2Seq(EncoderDecoderObjective):
+    """Records with a source and a target text.
+
+    The encoder reads ``source eos``; the decoder reads the pad token (T5's start; bos, then eos, where there is no
+    pad) and the target, and predicts ``target eos``.
+
+    Raises (from :meth:`view`):
+      DataError: a field is missing or not text, or a text is too long. Nothing is cut off silently.
+    """
+
+    def __init__(self, config: Config, tokenizer: Any):
+        super().__init__(config, tokenizer)
+        self.tokenizer = tokenizer
+        self.data = config.data
+        self.packable = config.data.packing
+        self.set_lengths(config.data.length, config.data.target_length)
+
+    def view(self, record: Mapping[str, Any], rng: np.random.Generator, sample: Sample) -> Example:
+        source = self._encode(record, self.data.source_field, "source_field", "length")
+        target = self._encode(record, self.data.target_field, "target_field", "target_length")
+        return one_segment(source, "encoder_") | decoder_side(target, self.start)
+
+    def _encode(self, record: Mapping[str, Any], field: str, option: str, limit: str) -> np.ndarray:
+        text = text_of(record, field, option)
+        longest = getattr(self.data, limit)
+        tokens = [*self.tokenizer.encode(text), self.eos]
+        if len(tokens) > longest:
+            raise DataError(
+                f"field {field!r} of the record that starts {text[:60]!r} has {len(tokens)} tokens with its eos, more "
+                f"than data.{limit} ({longest}); raise data.{limit} or drop the record."
+            )
+        return np.array(tokens, np.int32)
+
+
+def decoder_side(targets: np.ndarray, start: int) -> Example:
+    """Targets, each of weight 1, and as inputs the same shifted right behind ``start``."""
+    return one_segment(np.concatenate([[start], targets[:-1]]), "decoder_") | {
+        "decoder_targets": np.asarray(targets, np.int32),
+        "decoder_weights": np.ones(len(targets), np.float32),
+    }
