@@ -8,33 +8,35 @@ default is written.
 
 import dataclasses
 import json
-import types
-import typing
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import config_dict as mlcd
 
-from lmx.errors import ConfigError, nearest
+from lmx.config_checks import check_together
+from lmx.schema import build, check_section, differences, leaves, merge, option, placeholders, section
 
-
-def option(default: Any, meaning: str, *, choices: tuple = (), low: float | None = None, high: float | None = None):
-    """A field with its meaning (shown by ``lmx train --help-config``) and what it may hold.
-
-    Args:
-      default: the value where none is given.
-      meaning: one sentence, with the unit.
-      choices: the only values allowed, if not empty.
-      low, high: inclusive bounds of a number.
-    """
-    return dataclasses.field(
-        default=default, metadata={"meaning": meaning, "choices": choices, "low": low, "high": high}
-    )
-
-
-def section(cls: type, meaning: str):
-    """A nested section, defaulting to that section's own defaults."""
-    return dataclasses.field(default_factory=cls, metadata={"meaning": meaning})
+__all__ = [
+    "Config",
+    "Data",
+    "Eval",
+    "Expect",
+    "Experts",
+    "Mesh",
+    "Model",
+    "Objective",
+    "Optimizer",
+    "Tokenizer",
+    "Train",
+    "config_dict",
+    "differences",
+    "field_types",
+    "from_config_dict",
+    "from_dict",
+    "layer_period",
+    "to_dict",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,12 +304,12 @@ class Config:
     seed: int = option(0, "Seed of everything random: parameters, data order, masks, dropout.", low=0)
 
     def __post_init__(self):
-        _check_section(self, "")
-        _check_together(self)
+        check_section(self)
+        check_together(self, layer_period(self.model))
 
     def replace(self, **sections: Mapping[str, Any] | Any) -> "Config":
         """A copy with fields changed: ``config.replace(train={"steps": 5}, seed=1)``."""
-        return from_dict(_merge(to_dict(self), sections))
+        return from_dict(merge(to_dict(self), sections))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -317,12 +319,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Builds and checks a :class:`Config` from nested dicts; raises :class:`ConfigError` for a bad field."""
-    return _build(Config, values, "")
+    return build(Config, values)
 
 
 def config_dict(config: Config) -> mlcd.ConfigDict:
     """The config as the locked ``ConfigDict`` that experiment files return and flags override."""
-    return mlcd.ConfigDict(_placeholders(config)).lock()
+    return mlcd.ConfigDict(placeholders(config)).lock()
 
 
 def from_config_dict(values: mlcd.ConfigDict | Config) -> Config:
@@ -330,211 +332,13 @@ def from_config_dict(values: mlcd.ConfigDict | Config) -> Config:
     return values if isinstance(values, Config) else from_dict(values.to_dict())
 
 
-def field_types(cls: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Every leaf field of the schema by its dotted name."""
-    leaves = {}
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            leaves |= field_types(field.type, f"{prefix}{field.name}.")
-        else:
-            leaves[prefix + field.name] = field
-    return leaves
-
-
-def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The leaves in which two nested dicts differ, by dotted name; a leaf one lacks counts as None."""
-    found = {}
-    for name in sorted({*a, *b}):
-        left, right = a.get(name), b.get(name)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            found |= differences(left, right, f"{prefix}{name}.")
-        elif left != right:
-            found[prefix + name] = (left, right)
-    return found
-
-
-def _merge(base: dict, changes: Mapping[str, Any]) -> dict:
-    merged = dict(base)
-    for name, value in changes.items():
-        old = merged.get(name)
-        merged[name] = _merge(old, value) if isinstance(value, Mapping) and isinstance(old, dict) else value
-    return merged
-
-
-def _placeholders(node: Any) -> dict[str, Any]:
-    values = {}
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            value = _placeholders(value)
-        elif value is None:  # a typed hole, so that a flag may fill it
-            value = mlcd.placeholder(next(t for t in typing.get_args(field.type) if t is not types.NoneType))
-        values[field.name] = value
-    return values
-
-
-def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    arguments = {}
-    for name, value in values.items():
-        if name not in fields:
-            raise ConfigError(f"config has no field {prefix + name!r}{nearest(prefix + name, _known_names())}")
-        if dataclasses.is_dataclass(fields[name].type):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{prefix}{name} is a section with fields of its own, not {value!r}")
-            value = _build(fields[name].type, value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            value = tuple(value)
-        arguments[name] = value
-    return cls(**arguments)
-
-
-def _known_names() -> list[str]:
-    return [*field_types(), *(field.name for field in dataclasses.fields(Config))]
-
-
-def _check_section(node: Any, prefix: str) -> None:
-    for field in dataclasses.fields(node):
-        name, value = prefix + field.name, getattr(node, field.name)
-        if dataclasses.is_dataclass(field.type):
-            if not isinstance(value, field.type):
-                raise ConfigError(f"{name} must be a {field.type.__name__} section, not {value!r}")
-            _check_section(value, f"{name}.")
-        else:
-            object.__setattr__(node, field.name, _checked(name, field, value))
-
-
-def _checked(name: str, field: dataclasses.Field, value: Any) -> Any:
-    """The value, with an int where a float is meant made a float; an error where it does not fit."""
-    kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
-    if value is None and types.NoneType in kinds:
-        return None
-    kind = kinds[0]
-    if kind is float and type(value) is int:
-        value = float(value)
-    if typing.get_origin(kind) is tuple:
-        element = typing.get_args(kind)[0]
-        elements = (
-            tuple(float(v) if element is float and type(v) is int else v for v in value)
-            if isinstance(value, (tuple, list))
-            else (value,)
-        )
-        if not isinstance(value, (tuple, list)) or any(type(v) is not element for v in elements):
-            raise ConfigError(
-                f"{name} must be a tuple of {element.__name__}, not {value!r}. {field.metadata['meaning']}"
-            )
-        value = elements
-    elif type(value) is not kind:
-        raise ConfigError(
-            f"{name} must be {kind.__name__}, not {value!r} ({type(value).__name__}). {field.metadata['meaning']}"
-        )
-    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
-    for item in value if isinstance(value, tuple) else (value,):
-        if choices and item not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {item!r}{nearest(str(item), choices)}")
-        if (low is not None and item < low) or (high is not None and item > high):
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise ConfigError(f"{name} must be {bounds}, not {item!r}. {field.metadata['meaning']}")
-    return value
-
-
-def _check_together(config: Config) -> None:
-    """Checks that fields agree with each other; everything that needs no files and no devices."""
-    model, objective, data, train = config.model, config.objective, config.data, config.train
-
-    def require(fits: bool, message: str) -> None:
-        if not fits:
-            raise ConfigError(message)
-
-    require(
-        model.head_dim is not None or model.embed_dim % model.num_heads == 0,
-        f"model.embed_dim ({model.embed_dim}) is not divisible by model.num_heads ({model.num_heads}); change one of "
-        "them, or set model.head_dim.",
-    )
-    kv_heads = model.num_kv_heads or model.num_heads
-    require(
-        model.num_heads % kv_heads == 0,
-        f"model.num_heads ({model.num_heads}) is not a multiple of model.num_kv_heads ({kv_heads}); each key/value head "
-        "serves the same number of query heads.",
-    )
-    head_dim = model.head_dim or model.embed_dim // model.num_heads
-    require(
-        model.position != "rotary" or head_dim % 2 == 0,
-        f"rotary positions rotate pairs, so the width of a head must be even, not {head_dim}; change model.embed_dim, "
-        "model.num_heads or model.head_dim.",
-    )
-    require(
-        model.position != "sinusoidal" or model.embed_dim % 2 == 0,
-        f"sinusoidal positions need an even model.embed_dim, not {model.embed_dim}.",
-    )
-    require(len(model.attention_windows) > 0, "model.attention_windows is empty; (0,) is dense attention everywhere.")
-    require(
-        all(w >= 0 for w in model.attention_windows), "model.attention_windows holds a negative window; 0 is dense."
-    )
-    period = layer_period(model)
-    for name in ("num_layers", "num_decoder_layers"):
-        layers = getattr(model, name)
-        require(
-            not model.scan_layers or layers is None or layers % period == 0,
-            f"model.{name} ({layers}) is not a multiple of {period}, the period in which layers alternate "
-            "(model.attention_windows, model.experts.every); change it, or set model.scan_layers=False.",
-        )
-    require(
-        len(objective.mask_split) == 3 and abs(sum(objective.mask_split) - 1) < 1e-6 and min(objective.mask_split) >= 0,
-        f"objective.mask_split must be three parts that sum to 1, not {objective.mask_split}.",
-    )
-    needs = {
-        "mlm": ("encoder", "mlm"),
-        "causal": ("decoder", "lm"),
-        "prefix_lm": ("decoder", "lm"),
-        "span_corruption": ("encoder_decoder", "lm"),
-        "seq2seq": ("encoder_decoder", "lm"),
-        "classification": (model.architecture, "classification"),
-    }
-    architecture, head = needs[objective.name]
-    require(
-        model.architecture == architecture,
-        f"objective {objective.name!r} needs model.architecture={architecture!r}, not {model.architecture!r}.",
-    )
-    require(head in model.heads, f"objective {objective.name!r} needs {head!r} in model.heads, not {model.heads}.")
-    if objective.name == "mlm" and objective.next_sentence:
-        require(
-            "classification" in model.heads and model.num_classes == 2 and model.num_token_types >= 2,
-            "objective.next_sentence needs 'classification' in model.heads, model.num_classes=2 and "
-            f"model.num_token_types=2; found {model.heads}, {model.num_classes} and {model.num_token_types}.",
-        )
-    if objective.name == "classification" and objective.task == "regression":
-        require(model.num_classes == 1, f"regression needs model.num_classes=1, not {model.num_classes}.")
-    if objective.name == "classification" and data.pair_field:
-        require(
-            model.num_token_types in (0, 2),
-            f"pairs (data.pair_field) need model.num_token_types 2 or 0, not {model.num_token_types}.",
-        )
-    if model.position == "learned":
-        require(
-            data.length <= model.max_length,
-            f"data.length ({data.length}) is more than model.max_length ({model.max_length}), the positions that the "
-            "learned table holds.",
-        )
-    require(
-        list(dataclasses.asdict(config.mesh).values()).count(-1) <= 1,
-        f"only one axis of config.mesh may be -1 (what is left): {dataclasses.asdict(config.mesh)}.",
-    )
-    require(0 not in dataclasses.asdict(config.mesh).values(), "an axis of config.mesh is 0; the smallest size is 1.")
-    optimizer = config.optimizer
-    last = optimizer.decay_steps or train.steps
-    require(
-        optimizer.schedule not in ("linear", "cosine", "wsd") or optimizer.warmup_steps < last,
-        f"optimizer.warmup_steps ({optimizer.warmup_steps}) leaves nothing of the {last} steps; lower it or raise train.steps.",
-    )
+def field_types() -> dict[str, dataclasses.Field]:
+    """Every field of the schema, by its dotted name."""
+    return leaves(Config)
 
 
 def layer_period(model: Model) -> int:
     """Layers after which the stack repeats itself: what one step of the scan over layers holds."""
     windows = len(model.attention_windows)
     sparse = model.experts.every if model.experts.num_experts else 1
-    return windows * sparse // _gcd(windows, sparse)
-
-
-def _gcd(a: int, b: int) -> int:
-    return a if b == 0 else _gcd(b, a % b)
+    return math.lcm(windows, sparse)

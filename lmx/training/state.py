@@ -1,13 +1,36 @@
-"""What training carries from step to step."""
+"""What training changes. Beside the position in the data, nothing else needs saving."""
 
-import flax.struct
-from jaxtyping import Array, Int, PyTree
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Int
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
-    """All that a step reads and writes: nothing else needs saving but the position in the data."""
+    """A pytree.
+
+    Attributes:
+      step: optimizer steps done.
+      params: the model's parameters, a plain pytree.
+      opt_state: whatever the optimizer keeps.
+    """
 
     step: Int[Array, ""]
-    params: PyTree
-    opt_state: PyTree
+    params: Any
+    opt_state: Any
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def step_rngs(seed: int, step: Int[Array, ""], microbatch: int | Int[Array, ""] = 0) -> dict[str, jax.Array]:
+    """The device's randomness: a function of the seed, the step and the micro-batch, so that nothing is saved."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), microbatch)
+    dropout, jitter = jax.random.split(key)
+    return {"dropout": dropout, "jitter": jitter}

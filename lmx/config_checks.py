@@ -1,0 +1,114 @@
+"""Do the fields of a config agree with each other? Everything that needs no files and no devices."""
+
+import dataclasses
+import typing
+
+from lmx.errors import ConfigError
+
+if typing.TYPE_CHECKING:
+    from lmx.config import Config, Model
+
+# What an objective needs of the model: the architecture (none: any) and a head.
+NEEDS = {
+    "mlm": ("encoder", "mlm"),
+    "causal": ("decoder", "lm"),
+    "prefix_lm": ("decoder", "lm"),
+    "span_corruption": ("encoder_decoder", "lm"),
+    "seq2seq": ("encoder_decoder", "lm"),
+    "classification": (None, "classification"),
+}
+
+
+def check_together(config: "Config", period: int) -> None:
+    """Raises :class:`ConfigError` for the first fields that do not fit each other.
+
+    Args:
+      config: its sections are checked one by one already.
+      period: layers after which the stack repeats itself.
+    """
+    _check_widths(config.model)
+    _check_layers(config.model, period)
+    _check_objective(config)
+    _check_mesh(config)
+
+
+def _require(fits: bool, message: str) -> None:
+    if not fits:
+        raise ConfigError(message)
+
+
+def _check_widths(model: "Model") -> None:
+    embed_dim, heads, kv_heads = model.embed_dim, model.num_heads, model.num_kv_heads or model.num_heads
+    _require(
+        model.head_dim is not None or embed_dim % heads == 0,
+        f"model.embed_dim ({embed_dim}) is not divisible by model.num_heads ({heads}); change one of them, or set "
+        "model.head_dim.",
+    )
+    _require(
+        heads % kv_heads == 0,
+        f"model.num_heads ({heads}) is not a multiple of model.num_kv_heads ({kv_heads}); each key/value head serves "
+        "the same number of query heads.",
+    )
+    head_dim = model.head_dim or embed_dim // heads
+    _require(
+        model.position != "rotary" or head_dim % 2 == 0,
+        f"rotary positions rotate pairs, so the width of a head must be even, not {head_dim}; change model.embed_dim, "
+        "model.num_heads or model.head_dim.",
+    )
+    _require(
+        model.position != "sinusoidal" or embed_dim % 2 == 0,
+        f"sinusoidal positions need an even model.embed_dim, not {embed_dim}.",
+    )
+
+
+def _check_layers(model: "Model", period: int) -> None:
+    windows = model.attention_windows
+    _require(len(windows) > 0, "model.attention_windows is empty; (0,) is dense attention everywhere.")
+    _require(min(windows, default=0) >= 0, f"model.attention_windows {windows} holds a negative window; 0 is dense.")
+    for name in ("num_layers", "num_decoder_layers"):
+        layers = getattr(model, name)
+        _require(
+            not model.scan_layers or layers is None or layers % period == 0,
+            f"model.{name} ({layers}) is not a multiple of {period}, the period in which layers alternate "
+            "(model.attention_windows, model.experts.every); change it, or set model.scan_layers=False.",
+        )
+
+
+def _check_objective(config: "Config") -> None:
+    model, objective, data = config.model, config.objective, config.data
+    parts = objective.mask_split
+    _require(
+        len(parts) == 3 and abs(sum(parts) - 1) < 1e-6 and min(parts) >= 0,
+        f"objective.mask_split must be three parts that sum to 1, not {parts}.",
+    )
+    architecture, head = NEEDS[objective.name]
+    _require(
+        architecture in (None, model.architecture),
+        f"objective {objective.name!r} needs model.architecture={architecture!r}, not {model.architecture!r}.",
+    )
+    _require(head in model.heads, f"objective {objective.name!r} needs {head!r} in model.heads, not {model.heads}.")
+    _require(
+        not objective.next_sentence
+        or ("classification" in model.heads and model.num_classes == 2 and model.num_token_types >= 2),
+        "objective.next_sentence needs 'classification' in model.heads, model.num_classes=2 and "
+        f"model.num_token_types=2; found {model.heads}, {model.num_classes} and {model.num_token_types}.",
+    )
+    classifies = objective.name == "classification"
+    _require(
+        not (classifies and objective.task == "regression") or model.num_classes == 1,
+        f"regression needs model.num_classes=1, not {model.num_classes}.",
+    )
+    _require(
+        model.position != "learned" or data.length <= model.max_length,
+        f"data.length ({data.length}) is more than model.max_length ({model.max_length}), the positions that the "
+        "learned table holds.",
+    )
+
+
+def _check_mesh(config: "Config") -> None:
+    sizes = dataclasses.asdict(config.mesh)
+    _require(
+        list(sizes.values()).count(-1) <= 1,
+        f"only one axis of config.mesh may be -1 (what is left), not all of {sizes}.",
+    )
+    _require(0 not in sizes.values(), f"an axis of config.mesh is 0 ({sizes}); the smallest size is 1.")

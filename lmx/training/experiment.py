@@ -1,0 +1,156 @@
+"""From a config to everything a run holds: text, tokenizer, objective, model, mesh. Nothing is written here but
+a tokenizer that had to be trained."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from rich.console import Console
+
+from lmx.config import Config
+from lmx.errors import ConfigError
+from lmx.models.transformer import Transformer
+from lmx.objectives import Objective, make_objective
+from lmx.parallel.compile import check_strategy
+from lmx.parallel.mesh import BatchSplit, batch_shards, make_mesh, split_batch
+from lmx.text.corpora import open_source
+from lmx.text.pipeline import make_batches
+from lmx.text.tokenizers import load_tokenizer, make_tokenizer
+from lmx.training.optimizers import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config with all that follows from it.
+
+    Attributes:
+      config: with what was read off the data filled in (``model.vocab_size``, ``data.labels``).
+      asked: as it was given.
+      split: how the global batch is computed on the mesh.
+    """
+
+    config: Config
+    asked: Config
+    tokenizer: Any
+    objective: Objective
+    model: Transformer
+    mesh: jax.sharding.Mesh
+    split: BatchSplit
+
+    def optimizer(self, params: Any) -> optax.GradientTransformation:
+        """The optimizer for parameters of these shapes."""
+        return make_optimizer(self.config.optimizer, self.config.train.steps, params)
+
+    def train_batches(self) -> Iterator[dict]:
+        """This host's part of the training batches, for ever."""
+        return self._batches(self.config.data.train, self.config.train.global_batch_size, train=True)
+
+    def eval_batches(self, source: str | None = None) -> Iterator[dict]:
+        """This host's part of the held-out batches, each row once; of ``data.eval`` or of another source."""
+        shards = batch_shards(self.mesh)
+        rows = self.config.eval.batch_size or self.config.train.global_batch_size
+        return self._batches(source or self.config.data.eval, -(-rows // shards) * shards, train=False)
+
+    def _batches(self, spec: str, rows: int, train: bool) -> Iterator[dict]:
+        source = open_source(spec, record_fields(self.config))
+        return make_batches(
+            source,
+            self.tokenizer,
+            self.objective,
+            self.config,
+            train=train,
+            seed=self.config.seed,
+            batch_size=rows // jax.process_count(),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+
+def build(asked: Config, workdir: Path, console: Console, devices: Any = None) -> Experiment:
+    """Builds the experiment, with the cheap checks first.
+
+    The tokenizer is the workdir's if it has one, else that of ``train.init_from``, else what ``tokenizer`` says.
+    A tokenizer that is trained is saved in the workdir.
+
+    Raises:
+      LmxError: the config does not fit the devices, the data or the tokenizer.
+    """
+    mesh = make_mesh(asked.mesh, devices)
+    check_strategy(asked.train.strategy, mesh)
+    split = split_batch(asked.train, mesh)
+    tokenizer = _tokenizer(asked, workdir, console)
+    config = resolve(asked, tokenizer)
+    objective = make_objective(config, tokenizer)
+    return Experiment(config, asked, tokenizer, objective, Transformer(config.model), mesh, split)
+
+
+def resolve(config: Config, tokenizer: Any) -> Config:
+    """Fills in what the data decides: the vocabulary's size and the names of the classes.
+
+    Raises:
+      ConfigError: ``model.vocab_size`` is smaller than the tokenizer's, or the classes are more or fewer than
+        ``model.num_classes``.
+    """
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size ({vocab_size}) is smaller than the tokenizer's vocabulary ({tokenizer.vocab_size}); set "
+            f"model.vocab_size to {tokenizer.vocab_size} or more, or leave it out."
+        )
+    labels = config.data.labels
+    if config.objective.name == "classification" and config.objective.task == "classification":
+        labels = labels or _labels(config)
+        if len(labels) != config.model.num_classes:
+            raise ConfigError(
+                f"{config.data.train} has {len(labels)} classes ({', '.join(labels)}), but model.num_classes is "
+                f"{config.model.num_classes}; set it to {len(labels)}, or name the classes in data.labels."
+            )
+    return config.replace(model={"vocab_size": vocab_size}, data={"labels": labels})
+
+
+def record_fields(config: Config) -> tuple[str, ...]:
+    """The fields that every record of the sources must have."""
+    data = config.data
+    if config.objective.name == "seq2seq":
+        return (data.source_field, data.target_field)
+    if config.objective.name == "classification":
+        return tuple(filter(None, (data.text_field, data.pair_field, data.label_field)))
+    return (data.text_field,)
+
+
+def _labels(config: Config) -> tuple[str, ...]:
+    """The classes of the training data, in order: numbers by value, names by the alphabet."""
+    source = open_source(config.data.train, record_fields(config))
+    found = {source[i][config.data.label_field] for i in range(len(source))}
+    return tuple(str(label) for label in sorted(found, key=lambda x: (isinstance(x, str), x)))
+
+
+def _tokenizer(config: Config, workdir: Path, console: Console) -> Any:
+    own = workdir / "tokenizer"
+    if own.is_dir():
+        return load_tokenizer(own)
+    if config.train.init_from:
+        other = Path(config.train.init_from) / "tokenizer"
+        console.print(f"[bold]tokenizer[/] of {config.train.init_from} (config.tokenizer is not used)")
+        tokenizer = load_tokenizer(other)
+    else:
+        tokenizer = make_tokenizer(config.tokenizer, _texts(config))
+    tokenizer.save(own)
+    return tokenizer
+
+
+def _texts(config: Config) -> Callable[[], Iterator[str]]:
+    """The training texts, for a tokenizer that is trained on them."""
+    fields = record_fields(config)
+    names = [name for name in fields if name != config.data.label_field]
+
+    def texts() -> Iterator[str]:
+        source = open_source(config.data.train, fields)
+        for i in range(len(source)):
+            record = source[i]
+            yield from (record[name] for name in names)
+
+    return texts

@@ -1,0 +1,250 @@
+"""The loop: from a config and a workdir to a trained model, whatever interrupts it."""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from rich.console import Console
+
+from lmx.config import Config
+from lmx.errors import TrainingError
+from lmx.kernels import attention
+from lmx.models.flops import forward_flops
+from lmx.models.heads import num_params
+from lmx.parallel.compile import PMAP_AXIS, compile_step
+from lmx.parallel.sharding import put_batch, whole_dimensions
+from lmx.training.checkpoints import Checkpoints
+from lmx.training.experiment import Experiment, build
+from lmx.training.initial import abstract_params, initial_state
+from lmx.training.metrics import MetricsWriter, Throughput, peak_flops, read_metrics
+from lmx.training.optimizers import make_schedule
+from lmx.training.progress import Progress
+from lmx.training.report import write_report
+from lmx.training.samples import write_samples
+from lmx.training.state import TrainState
+from lmx.training.step import make_eval_step, make_train_step
+from lmx.training.stopping import Interrupt, has_converged
+from lmx.training.workdir import check_same_experiment, write_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How training ended.
+
+    Attributes:
+      step: optimizer steps done in all.
+      metrics: the newest value of every metric.
+      ended: "complete", "converged", or the name of the signal that stopped it.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    ended: str
+
+
+def train(config: Config, workdir: str | Path, *, console: Console | None = None, devices: Any = None) -> Result:
+    """Trains, or goes on with the run that ``workdir`` holds.
+
+    Args:
+      config: the experiment.
+      workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/, tokenizer/, samples.txt, report.html.
+      console: where progress is printed.
+      devices: what to compute on; none is every device there is.
+
+    Raises:
+      LmxError: bad input (before anything but a tokenizer is written), a workdir with another run, or a loss that is
+        no longer finite.
+    """
+    console = console or Console()
+    workdir = Path(workdir).expanduser().resolve()
+    check_same_experiment(workdir, config)
+    experiment = build(config, workdir, console, devices)
+    batches = experiment.train_batches()
+    experiment.eval_batches()  # a held-out source that can't be opened is an error now, not at the first evaluation
+    write_config(workdir, experiment.config, config)
+    _print_header(experiment, workdir, console)
+    with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints, Interrupt() as interrupt:
+        run = _Run(experiment, workdir, batches, checkpoints, console)
+        try:
+            return run.finish(run.loop(interrupt))
+        finally:
+            run.writer.close()
+
+
+class _Run:
+    """The moving parts of a run: state, position, and what is waiting to be logged."""
+
+    def __init__(self, experiment: Experiment, workdir: Path, batches: Any, checkpoints: Checkpoints, console: Console):
+        config = experiment.config
+        self.experiment, self.config, self.workdir = experiment, config, workdir
+        self.batches, self.checkpoints, self.console = batches, checkpoints, console
+        optimizer = experiment.optimizer(_shapes(experiment))
+        self.state, data_state = initial_state(
+            config, experiment.model, experiment.objective, optimizer, experiment.mesh, checkpoints, console
+        )
+        if data_state is not None:
+            batches.set_state(data_state)
+        self.step = int(self.state.step)
+        self.train_step, self.eval_step = compiled_steps(experiment, optimizer, self.state)
+        self.writer = MetricsWriter(workdir, resume_step=self.step)
+        self.eval_losses = [line["eval/loss"] for line in read_metrics(workdir) if "eval/loss" in line]
+        self.pending: list[dict] = []  # metrics of the steps since the last line, still on the device
+        self.throughput = throughput(experiment)
+
+    def loop(self, interrupt: Interrupt) -> str:
+        """Trains until something ends it; returns what did."""
+        train = self.config.train
+        if self.step >= train.steps:
+            self.console.print(f"[bold green]complete[/]: {self.workdir} has done all of its {train.steps:,} steps")
+            return "complete"
+        with Progress(self.console, train.steps, self.step) as progress:
+            if self.step == 0:  # what an untrained model scores, for the curve to start from
+                self.writer.write(0, self._evaluate(progress))
+            while True:
+                self._advance()
+                done = self.step >= train.steps or interrupt.signal is not None
+                evaluating = self.step % train.eval_every == 0 or self.step >= train.steps
+                metrics = {}
+                if self.step % train.log_every == 0 or evaluating or done:
+                    metrics = self._fetch()
+                progress.update(self.step, metrics)
+                if evaluating:
+                    metrics |= self._evaluate(progress)
+                if metrics:
+                    self.writer.write(self.step, metrics)
+                converged = has_converged(self.eval_losses, train.early_stop_evals, train.early_stop_delta)
+                if self.step % train.checkpoint_every == 0 or done or converged:
+                    self._save(metrics)
+                if self.step >= train.steps or converged:
+                    return "converged" if converged else "complete"
+                if interrupt.signal is not None:
+                    return interrupt.signal.name
+
+    def finish(self, ended: str) -> Result:
+        """Waits for what is being written, and says where everything is."""
+        self.checkpoints.wait()
+        lines = read_metrics(self.workdir)
+        metrics = {name: value for line in lines for name, value in line.items() if name != "step"}
+        if jax.process_index() == 0:
+            report = write_report(self.workdir)
+            self.console.print(f"[bold]{ended}[/] at step {self.step:,}; report: {report}")
+        if ended.startswith("SIG"):
+            self.console.print("Everything up to this step is saved; run the same command again to go on.")
+        return Result(self.step, metrics, ended)
+
+    def _advance(self) -> None:
+        """One step; returns as soon as the device has it to do."""
+        batch = next(self.batches)
+        self.throughput.count(sum(int((batch[name] > 0).sum()) for name in batch if name.endswith("segments")))
+        self.state, metrics = self.train_step(self.state, put_batch(batch, self.experiment.mesh))
+        self.pending.append(metrics)
+        self.step += 1
+
+    def _fetch(self) -> dict[str, float]:
+        """Means since the last line, with the speed; a value that is not finite ends the run."""
+        fetched, self.pending = jax.device_get(self.pending), []
+        for step, metrics in enumerate(fetched, start=self.step - len(fetched) + 1):
+            broken = sorted(name for name, (total, _) in metrics.items() if not math.isfinite(total))
+            if broken:
+                raise self._diverged(step, broken)
+        return {f"train/{name}": value for name, value in means(fetched).items()} | self.throughput.read()
+
+    def _evaluate(self, progress: Progress) -> dict[str, float]:
+        self.throughput.pause()
+        metrics = evaluate(self.experiment, self.eval_step, self.state)
+        self.eval_losses.append(metrics["eval/loss"])
+        progress.evaluated(self.step, metrics)
+        write_samples(self.workdir, self.step, self.experiment, self.state)
+        self.throughput.resume()
+        return metrics
+
+    def _save(self, metrics: dict[str, float]) -> None:
+        """Saves, once everything up to here is known to be finite."""
+        self.throughput.pause()
+        for name, (total, _) in jax.device_get(self.pending[-1]).items() if self.pending else ():
+            if not math.isfinite(total):
+                raise self._diverged(self.step, [name])
+        self.checkpoints.save(self.step, self.state, self.batches.get_state(), metrics)
+        self.throughput.resume()
+
+    def _diverged(self, step: int, broken: list[str]) -> TrainingError:
+        self.checkpoints.wait()
+        good = self.checkpoints.latest_step()
+        kept = f"The last good checkpoint is step {good}" if good is not None else "There is no checkpoint yet"
+        return TrainingError(
+            f"{', '.join(broken)} of step {step} is not finite. {kept}, in {self.checkpoints.folder}. Try a "
+            "lower optimizer.learning_rate, more optimizer.warmup_steps, a smaller optimizer.clip_norm, or "
+            "model.dtype='float32'; a look at the data near that step may help too."
+        )
+
+
+def evaluate(experiment: Experiment, eval_step: Any, state: TrainState, source: str | None = None) -> dict[str, float]:
+    """Means over the held-out data, each row once: ``eval/loss`` (nats) and the objective's other terms."""
+    terms, limit = [], experiment.config.eval.max_batches
+    for index, batch in enumerate(experiment.eval_batches(source)):
+        if limit and index == limit:
+            break
+        terms.append(eval_step(state, put_batch(batch, experiment.mesh)))
+    return {f"eval/{name}": value for name, value in means(jax.device_get(terms)).items()}
+
+
+def means(metrics: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """The one division: sums over all steps and parts, by their weights."""
+    sums = jax.tree.map(lambda *parts: float(sum(parts)), *metrics)
+    return {name: total / weight if weight else 0.0 for name, (total, weight) in sums.items()}
+
+
+def compiled_steps(experiment: Experiment, optimizer: Any, state: TrainState) -> tuple[Any, Any]:
+    """The train step and the evaluation step, compiled by ``train.strategy`` for the state's layout."""
+    config, mesh = experiment.config, experiment.mesh
+    axis_name = PMAP_AXIS if config.train.strategy == "pmap" else None
+    train_step = make_train_step(
+        experiment.model,
+        experiment.objective,
+        optimizer,
+        make_schedule(config.optimizer, config.train.steps),
+        microbatches=experiment.split.microbatches,
+        seed=config.seed,
+        axis_name=axis_name,
+    )
+    eval_step = make_eval_step(experiment.model, experiment.objective, axis_name)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    compile_for = functools.partial(compile_step, strategy=config.train.strategy, mesh=mesh, state_shardings=shardings)
+    return compile_for(train_step, donate=True), compile_for(eval_step, returns_state=False)
+
+
+def throughput(experiment: Experiment) -> Throughput:
+    """The meter of this run's speed; it knows utilization where the device's peak is known."""
+    lengths, model, mesh = experiment.objective.lengths, experiment.config.model, experiment.mesh
+    source, target = lengths.get("encoder_tokens", 0), lengths.get("decoder_tokens") or lengths["tokens"]
+    flops_per_token = 3 * forward_flops(model, target, source) / (source + target)
+    peak = peak_flops(mesh.devices.flat[0])
+    return Throughput(flops_per_token, None if peak is None else peak * mesh.size)
+
+
+def _shapes(experiment: Experiment) -> Any:
+    return nn.meta.unbox(abstract_params(experiment.model, experiment.objective))
+
+
+def _print_header(experiment: Experiment, workdir: Path, console: Console) -> None:
+    """What is about to run, and how: nothing is chosen silently."""
+    config, mesh = experiment.config, experiment.mesh
+    boxed = abstract_params(experiment.model, experiment.objective)
+    device = mesh.devices.flat[0]
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    lines = {
+        "workdir": str(workdir),
+        "model": f"{num_params(boxed):,} parameters, {config.model.architecture}, objective {config.objective.name}",
+        "vocabulary": f"{config.model.vocab_size:,} ({type(experiment.tokenizer).__name__})",
+        "devices": f"{mesh.size} x {device.device_kind} ({axes}), strategy {config.train.strategy}",
+        "batch": str(experiment.split),
+        "attention": attention.describe(device.platform),
+    }
+    for name, value in lines.items():
+        console.print(f"[bold]{name:>11}[/]  {value}", highlight=False)
+    for warning in whole_dimensions(boxed, mesh):
+        console.print(f"[yellow]{'sharding':>11}[/]  {warning}", highlight=False)

@@ -1,0 +1,33 @@
+"""What the model writes at each evaluation, for ``samples.txt``."""
+
+from pathlib import Path
+
+from lmx.generation.decode import generate
+from lmx.training.experiment import Experiment
+from lmx.training.optimizers import eval_params
+from lmx.training.state import TrainState
+
+NEW_TOKENS = 160
+
+
+def write_samples(workdir: Path, step: int, experiment: Experiment, state: TrainState) -> None:
+    """Appends ``train.samples`` continuations of ``train.sample_prompt`` to samples.txt; only decoders continue."""
+    train, model, tokenizer = experiment.config.train, experiment.config.model, experiment.tokenizer
+    if model.architecture != "decoder" or not train.samples:
+        return
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    prompt = [start, *tokenizer.encode(train.sample_prompt)]
+    continued = generate(
+        experiment.model,
+        eval_params(state),
+        [prompt] * train.samples,
+        max_new_tokens=max(1, min(NEW_TOKENS, model.max_length - len(prompt))),
+        temperature=0.8,
+        top_p=0.95,
+        stop_ids=[tokenizer.eos_id],
+        bidirectional_prompt=experiment.config.objective.name == "prefix_lm",
+        seed=experiment.config.seed,
+    )
+    with (workdir / "samples.txt").open("a", encoding="utf-8") as file:
+        for number, ids in enumerate(continued, start=1):
+            file.write(f"=== step {step}, sample {number}\n{train.sample_prompt}{tokenizer.decode(ids)}\n\n")

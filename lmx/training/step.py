@@ -1,0 +1,131 @@
+"""The one train step: a pure function of (state, batch), whatever the model, the objective and the devices.
+
+A loss is a sum and a weight. The weights of the whole batch are known from the batch alone, so each micro-batch
+contributes ``sum / whole weight`` and the parts add up to the one right mean, however unequal their padding is.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from lmx.objectives import Batch, Objective
+from lmx.training.optimizers import eval_params
+from lmx.training.state import TrainState, step_rngs
+
+Metrics = dict[str, tuple[Array, Array]]
+EXPERT_LOSSES = ("load_balance", "router_z")
+
+
+def make_train_step(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    microbatches: int = 1,
+    seed: int = 0,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Builds ``train_step(state, batch) -> (state, metrics)``.
+
+    Args:
+      model: the Transformer.
+      objective: scores a batch.
+      optimizer: turns gradients into updates.
+      schedule: the learning rate, for the metrics.
+      microbatches: parts that the batch is computed in, one after the other.
+      seed: of dropout and jitter.
+      axis_name: the mapped axis when each device runs the step on its own rows (pmap); none when the whole
+        batch is one array (jit over a mesh).
+
+    Returns:
+      The step. Its metrics are pairs of sum and weight: the objective's terms (``loss`` among them), the experts'
+      losses, ``grad_norm`` and ``learning_rate``.
+    """
+
+    def total(x):
+        return jax.lax.psum(x, axis_name) if axis_name else x
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        weights = total(objective.weights(batch) | dict.fromkeys(EXPERT_LOSSES, real_rows(batch)))
+
+        def loss(params, microbatch, index):
+            rngs = step_rngs(seed, state.step, index)
+            if axis_name:
+                rngs = {name: jax.random.fold_in(key, jax.lax.axis_index(axis_name)) for name, key in rngs.items()}
+            terms = loss_terms(model, objective, params, microbatch, rngs)
+            optimized = [name for name in (*objective.optimized, *EXPERT_LOSSES) if name in terms]
+            return sum(terms[name][0] / jnp.maximum(weights[name], 1.0) for name in optimized), terms
+
+        gradient = jax.grad(loss, has_aux=True)
+        if microbatches == 1:
+            grads, terms = gradient(state.params, batch, 0)
+        else:
+            grads, terms = _accumulate(gradient, state.params, batch, microbatches)
+        grads, terms = total((grads, terms))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = terms | {
+            "grad_norm": (optax.global_norm(grads), jnp.ones(())),
+            "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), jnp.ones(())),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(model: nn.Module, objective: Objective, axis_name: str | None = None):
+    """Builds ``eval_step(state, batch) -> terms``: no dropout, no smoothing, averaged parameters where kept."""
+
+    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        terms = loss_terms(model, objective, eval_params(state), batch, None)
+        return jax.lax.psum(terms, axis_name) if axis_name else terms
+
+    return eval_step
+
+
+def loss_terms(
+    model: nn.Module, objective: Objective, params: Any, batch: Batch, rngs: Mapping[str, Array] | None
+) -> Metrics:
+    """The objective's terms and the experts' losses, each a sum and a weight. Trains if there are ``rngs``."""
+    terms, sown = model.apply(
+        {"params": params}, batch, rngs is not None, method=objective.terms, rngs=rngs, mutable=["experts"]
+    )
+    return terms | expert_terms(sown.get("experts", {}), batch)
+
+
+def expert_terms(sown: Mapping[str, Any], batch: Batch) -> Metrics:
+    """What Switch layers sowed, summed over layers and rows; ``dropped`` is the mean over sparse layers."""
+    by_name: dict[str, list[Float[Array, "..."]]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(sown):
+        by_name.setdefault(path[-1].key, []).append(leaf.reshape(-1, leaf.shape[-1]))
+    rows = real_rows(batch)
+    sums = {name: jnp.concatenate(values) for name, values in by_name.items()}
+    return {name: (values.sum() / (len(values) if name == "dropped" else 1), rows) for name, values in sums.items()}
+
+
+def real_rows(batch: Batch) -> Float[Array, ""]:
+    """Rows that hold any token."""
+    name = "decoder_segments" if "decoder_segments" in batch else "segments"
+    return (batch[name] > 0).any(-1).sum().astype(jnp.float32)
+
+
+def _accumulate(gradient, params, batch, microbatches):
+    """Sums gradients and terms over micro-batches: row i goes to micro-batch i % n, so that no row changes device."""
+    parts = {
+        name: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
+        for name, x in batch.items()
+    }
+
+    def body(sums, index_and_part):
+        index, part = index_and_part
+        return jax.tree.map(jnp.add, sums, gradient(params, part, index)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first, 0))
+    return jax.lax.scan(body, zeros, (jnp.arange(microbatches), parts))[0]
