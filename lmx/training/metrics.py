@@ -32,27 +32,32 @@ class MetricsWriter:
     """Appends a line a step to ``metrics.jsonl``, and the same numbers to ``tensorboard/``.
 
     A line is written at once and whole. Lines of a step that was lost (newer than the checkpoint that a run
-    resumes from) and a last line torn by a kill are removed at opening, so every step stands once.
+    resumes from) and a last line torn by a kill are removed at opening, so every step stands once. Of several
+    processes the first alone writes.
 
     Args:
       workdir: the run's folder.
-      resume_step: the step that the run goes on from; 0 for a new one.
+      resume_step: the step that the run goes on from; 0 for a new one, which keeps nothing.
+
+    Attributes:
+      resumed: the lines kept from before, the same on every process.
 
     Raises:
       CheckpointError: an existing ``metrics.jsonl`` holds something else.
     """
 
     def __init__(self, workdir: str | Path, resume_step: int = 0):
-        self.folder = Path(workdir)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / METRICS_FILE
-        if path.exists():
-            kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-            beside = path.with_suffix(".jsonl.tmp")
-            beside.write_text("".join(map(_line, kept)), encoding="utf-8")
+        folder = Path(workdir)
+        path, beside = folder / METRICS_FILE, folder / f"{METRICS_FILE}.tmp"
+        lines = read_metrics(workdir) if resume_step and path.exists() else []
+        self.resumed = [line for line in lines if line["step"] <= resume_step]
+        self._file, self._tensorboard = None, None
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            beside.write_text("".join(map(_line, self.resumed)), encoding="utf-8")
             beside.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard(self.folder / "tensorboard", resume_step)
+            self._file = path.open("a", encoding="utf-8")
+            self._tensorboard = _tensorboard(folder / "tensorboard", resume_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line. Train and eval metrics of the same step belong in one call.
@@ -61,6 +66,8 @@ class MetricsWriter:
           step: updates made so far; greater than in the line before.
           metrics: numbers by name, ``train/loss`` or ``tokens_per_second``; device scalars are fetched.
         """
+        if self._file is None:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         self._file.write(_line({"step": int(step), **values}))
         self._file.flush()
@@ -70,7 +77,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes both files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 

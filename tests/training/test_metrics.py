@@ -37,6 +37,22 @@ def test_resuming_drops_lost_steps_and_a_torn_line(tmp_path):
     assert [path.name for path in tmp_path.glob("metrics*")] == ["metrics.jsonl"]
 
 
+def test_a_new_run_keeps_nothing(tmp_path):
+    write(tmp_path, [1, 2])
+    write(tmp_path, [1])
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    write(tmp_path, [1, 2, 3])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
+    with MetricsWriter(tmp_path, resume_step=2) as writer:
+        writer.write(3, {"train/loss": 0.0})
+    assert [line["step"] for line in writer.resumed] == [1, 2]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_torn_line_may_stop_inside_a_character(tmp_path):
     write(tmp_path, [1])
     with open(tmp_path / "metrics.jsonl", "ab") as file:
@@ -51,7 +67,7 @@ def test_other_files_are_errors_and_left_alone(tmp_path):
     for text in ("hello\n", "[1, 2]\n", '{"loss": 1}\n{"step": 2}\n'):
         (tmp_path / "metrics.jsonl").write_text(text)
         with pytest.raises(CheckpointError, match="line 1 of .* is no metrics line"):
-            MetricsWriter(tmp_path)
+            MetricsWriter(tmp_path, resume_step=5)
         assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
