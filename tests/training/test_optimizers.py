@@ -22,9 +22,8 @@ def block(rng: np.random.Generator, *, sparse: bool) -> dict:
 
     expert = (EXPERTS,) if sparse else ()
     mlp = {"in": kernel(*expert, EMBED, MLP), "out": kernel(*expert, MLP, EMBED)}
-    attention = {name: kernel(EMBED, HEADS, HEAD_DIM) for name in ("query", "key", "value")}
+    attention = {"query": kernel(EMBED, HEADS, HEAD_DIM), "out": kernel(HEADS, HEAD_DIM, EMBED)}
     attention["query"]["bias"] = rng.normal(size=(HEADS, HEAD_DIM)).astype(np.float32)
-    attention["out"] = kernel(HEADS, HEAD_DIM, EMBED)
     scale = rng.normal(size=EMBED).astype(np.float32)
     feed_forward = {"experts": {"router": kernel(EMBED, EXPERTS), **mlp}} if sparse else {"mlp": mlp}
     return {"attention": attention, "attention_norm": {"scale": scale}, **feed_forward}
@@ -140,8 +139,7 @@ def test_adamw_against_numpy():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_scanned_moves_as_unrolled(rule):
-    stacks = ("encoder", "decoder")
-    params, gradients = unrolled_params(0, stacks), [unrolled_params(seed, stacks) for seed in (1, 2)]
+    params, gradients = unrolled_params(), [unrolled_params(seed) for seed in (1, 2)]
     config = options(rule, layer_decay=0.5, ema_decay=0.0 if rule == "schedule_free_adamw" else 0.9)
     unrolled = train(config, params, gradients)
     scanned = train(config, scan_params(params), [scan_params(g) for g in gradients])
