@@ -1,7 +1,5 @@
 """What is predicted and how it is scored. Each objective is one small file."""
 
-from typing import Any
-
 from lmx.config import Config
 from lmx.objectives.base import Batch, Example, Objective, check_lengths
 from lmx.objectives.causal import Causal
@@ -10,6 +8,7 @@ from lmx.objectives.mlm import MaskedLanguageModel
 from lmx.objectives.prefix_lm import PrefixLM
 from lmx.objectives.seq2seq import Seq2Seq
 from lmx.objectives.span_corruption import SpanCorruption
+from lmx.text.tokenizers import Tokenizer
 
 __all__ = ["OBJECTIVES", "Batch", "Example", "Objective", "make_objective"]
 
@@ -23,12 +22,12 @@ OBJECTIVES = {
 }
 
 
-def make_objective(config: Config, tokenizer: Any) -> Objective:
+def make_objective(config: Config, tokenizer: Tokenizer) -> Objective:
     """The objective that ``config.objective.name`` asks for.
 
     Args:
       config: a checked config; for classification with string labels, ``data.labels`` is filled in.
-      tokenizer: an ``lmx.text.tokenizers.Tokenizer``.
+      tokenizer: the ids of special tokens and, for records, from text to ids.
 
     Raises:
       ConfigError: the tokenizer lacks a token that the objective needs, or lengths do not fit.

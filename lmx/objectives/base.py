@@ -18,6 +18,7 @@ from lmx.config import Config
 from lmx.errors import ConfigError, DataError
 from lmx.kernels.cross_entropy import cross_entropy
 from lmx.text.packing import Cut
+from lmx.text.tokenizers import Tokenizer
 
 Batch = Mapping[str, Array]
 Example = dict[str, np.ndarray]
@@ -107,7 +108,7 @@ def exact_match(
     return jnp.sum(right, dtype=jnp.float32), jnp.sum(present, dtype=jnp.float32)
 
 
-def special_id(tokenizer: Any, names: tuple[str, ...], purpose: str) -> int:
+def special_id(tokenizer: Tokenizer, names: tuple[str, ...], purpose: str) -> int:
     """The first id among ``names`` that the tokenizer has (``("bos", "eos")``: bos, or else eos).
 
     Raises:

@@ -7,6 +7,7 @@ import numpy as np
 from lmx.config import Config
 from lmx.objectives.base import Batch, Example, Sample, Term, TokenObjective, special_id
 from lmx.text.packing import Cut
+from lmx.text.tokenizers import Tokenizer
 
 
 class Causal(TokenObjective):
@@ -16,7 +17,7 @@ class Causal(TokenObjective):
     no position is spent on it: each token of the corpus, and one eos a document, is a target exactly once.
     """
 
-    def __init__(self, config: Config, tokenizer: Any):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
         self.eos = special_id(tokenizer, ("eos",), "next-token prediction")
         start = special_id(tokenizer, ("bos", "eos"), "next-token prediction")
         self.length = config.data.length

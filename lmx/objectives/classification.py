@@ -12,6 +12,7 @@ from lmx.config import Config
 from lmx.errors import ConfigError, DataError
 from lmx.kernels.cross_entropy import cross_entropy
 from lmx.objectives.base import Batch, Example, Objective, Sample, Term, one_segment, optional_id, text_of
+from lmx.text.tokenizers import Tokenizer
 
 
 class Classification(Objective):
@@ -22,7 +23,7 @@ class Classification(Objective):
     is a number, and the loss is the squared error.
     """
 
-    def __init__(self, config: Config, tokenizer: Any):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
         data, model = config.data, config.model
         if model.architecture == "encoder_decoder":
             raise ConfigError(
@@ -39,6 +40,10 @@ class Classification(Objective):
         self.tokenizer = tokenizer
         self.text_field, self.pair_field, self.label_field = data.text_field, data.pair_field, data.label_field
         self.cls, self.sep = optional_id(tokenizer.cls_id), optional_id(tokenizer.sep_id)
+        num_texts = 2 if data.pair_field else 1
+        self.room = data.length - len(self.cls) - len(self.sep) * num_texts
+        if self.room < num_texts:
+            raise ConfigError(f"data.length must be at least {data.length - self.room + num_texts}, not {data.length}.")
         self.has_token_types = model.num_token_types > 0
         self.label_smoothing = config.objective.label_smoothing
         names = ["tokens", "segments", "positions"] + ["token_types"] * self.has_token_types
@@ -61,8 +66,7 @@ class Classification(Objective):
         if self.pair_field:
             texts.append(text_of(record, self.pair_field, "pair_field"))
         parts = [self.tokenizer.encode(text) for text in texts]
-        room = self.lengths["tokens"] - len(self.cls) - len(self.sep) * len(parts)
-        parts = [[*part, *self.sep] for part in truncate_longest(parts, room)]
+        parts = [[*part, *self.sep] for part in truncate_longest(parts, self.room)]
         parts[0] = [*self.cls, *parts[0]]
         tokens = np.concatenate([np.array(part, np.int32) for part in parts])
         if len(tokens) == 0:
@@ -109,7 +113,7 @@ class Classification(Objective):
 
 def truncate_longest(parts: list[list[int]], room: int) -> list[list[int]]:
     """Cuts tokens off the end of whichever part is longest (the later of equals) until all fit ``room`` together."""
-    sizes = [len(part) for part in parts]
+    sizes = [min(len(part), room) for part in parts]
     while sum(sizes) > room:
         longest = max(range(len(sizes)), key=lambda i: (sizes[i], i))
         sizes[longest] -= 1

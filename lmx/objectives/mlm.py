@@ -21,6 +21,7 @@ from lmx.objectives.base import (
     special_id,
 )
 from lmx.text.packing import Cut
+from lmx.text.tokenizers import Tokenizer
 
 
 class MaskedLanguageModel(TokenObjective):
@@ -31,10 +32,11 @@ class MaskedLanguageModel(TokenObjective):
     chosen tokens than :attr:`num_predictions`, so only that many positions of a row pay for logits.
 
     With ``next_sentence`` a row is ``[CLS] A [SEP] B [SEP]``: A is the start of a piece of a document and B its
-    rest (label 0) or, half the time, as many tokens from a random place of the corpus (label 1).
+    rest (label 0) or, half the time, as many tokens from a random place of the corpus (label 1; fewer where the
+    document drawn from ends).
     """
 
-    def __init__(self, config: Config, tokenizer: Any):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
         objective, length = config.objective, config.data.length
         self.tokenizer = tokenizer
         self.mask_id = special_id(tokenizer, ("mask",), "objective 'mlm'")

@@ -1,12 +1,11 @@
 """Prefix language modelling (Liu et al. 2018, section 4.2.3; Raffel et al. 2020, section 3.2.1)."""
 
-from typing import Any
-
 import numpy as np
 
 from lmx.config import Config
 from lmx.objectives.base import Example, Sample
 from lmx.objectives.causal import Causal
+from lmx.text.tokenizers import Tokenizer
 
 
 class PrefixLM(Causal):
@@ -16,7 +15,7 @@ class PrefixLM(Causal):
     token behind the prefix; the ones before it have seen their next token, so they weigh nothing.
     """
 
-    def __init__(self, config: Config, tokenizer: Any):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
         self.lengths["prefix"] = self.length
         self.dynamic = config.objective.dynamic_masks

@@ -18,6 +18,7 @@ from lmx.objectives.base import (
     special_id,
     text_of,
 )
+from lmx.text.tokenizers import Tokenizer
 
 
 class EncoderDecoderObjective(TokenObjective):
@@ -29,7 +30,7 @@ class EncoderDecoderObjective(TokenObjective):
 
     weights_name = "decoder_weights"
 
-    def __init__(self, config: Config, tokenizer: Any):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
         purpose = f"objective {config.objective.name!r}"
         self.eos = special_id(tokenizer, ("eos", "sep"), purpose)
         self.start = special_id(tokenizer, ("pad", "bos", "eos"), purpose)
@@ -57,7 +58,7 @@ class Seq2Seq(EncoderDecoderObjective):
       DataError: a field is missing or not text, or a text is too long. Nothing is cut off silently.
     """
 
-    def __init__(self, config: Config, tokenizer: Any):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
         self.tokenizer = tokenizer
         self.data = config.data

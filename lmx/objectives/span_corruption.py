@@ -1,7 +1,5 @@
 """Span corruption (T5: Raffel et al. 2020, sections 3.1.4 and 3.3.4)."""
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Bool
 
@@ -10,6 +8,7 @@ from lmx.errors import ConfigError
 from lmx.objectives.base import Example, Sample, one_segment
 from lmx.objectives.seq2seq import EncoderDecoderObjective, decoder_side
 from lmx.text.packing import Cut
+from lmx.text.tokenizers import Tokenizer
 
 
 class SpanCorruption(EncoderDecoderObjective):
@@ -24,7 +23,7 @@ class SpanCorruption(EncoderDecoderObjective):
     in windows of its own.
     """
 
-    def __init__(self, config: Config, tokenizer: Any):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
         self.noise_density, self.mean_span_length = config.objective.mask_rate, config.objective.mean_span_length
         if not 0 < self.noise_density < 1:

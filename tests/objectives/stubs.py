@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmx.config import Config, from_dict
+from lmx.text.packing import TokenStore
 
 PAD, BOS, EOS, UNK, MASK = range(5)
 
@@ -81,6 +82,12 @@ def row(*documents) -> dict[str, np.ndarray]:
         "segments": np.repeat(np.arange(1, len(documents) + 1, dtype=np.int32), [len(d) for d in documents]),
         "positions": np.concatenate([np.arange(len(document), dtype=np.int32) for document in documents]),
     }
+
+
+def corpus(*documents) -> TokenStore:
+    """These documents as the text room holds them."""
+    offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
+    return TokenStore(np.concatenate([np.array(document, np.int32) for document in documents]), offsets)
 
 
 def batch(objective, *examples) -> dict[str, np.ndarray]:

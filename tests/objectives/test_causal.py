@@ -5,18 +5,11 @@ import pytest
 from lmx.errors import ConfigError
 from lmx.objectives import make_objective
 
-from .stubs import BOS, EOS, Letters, Oracle, batch, config, init, no_sample, rng, row
+from .stubs import BOS, EOS, Letters, Oracle, batch, config, corpus, init, no_sample, rng, row
 
 
 def view(objective, *documents):
     return objective.view(row(*documents), rng(), no_sample)
-
-
-def stream_rows(documents, cut):
-    """The rows of ``cut`` over these documents: windows of the stream from every multiple of the stride."""
-    whole = row(*[(*cut.before, *document, *cut.after) for document in documents])
-    starts = range(0, len(whole["tokens"]), cut.length - cut.overlap)
-    return [{name: array[start : start + cut.length] for name, array in whole.items()} for start in starts]
 
 
 def test_targets_are_the_next_tokens_and_eos_behind_each_document():
@@ -36,15 +29,18 @@ def test_a_row_that_ends_the_corpus_ends_in_eos():
     assert example["targets"].tolist() == [10, 11, EOS]
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("seed", range(20))
-def test_every_token_and_one_eos_a_document_is_a_target_exactly_once(seed):
-    objective = make_objective(config("causal", data={"length": 8}), Letters())
-    sizes = rng(seed).integers(1, 20, size=4)  # some corpora end exactly at the end of a row
+def test_every_token_and_one_eos_a_document_is_a_target_exactly_once(seed, packing):
+    objective = make_objective(config("causal", data={"length": 8, "packing": packing}), Letters())
+    sizes = rng(seed).integers(1, 20, size=4)  # some documents and corpora end exactly where a row does
     documents = np.split(np.arange(100, 100 + sizes.sum()), np.cumsum(sizes)[:-1])
-    examples = [objective.view(r, rng(), no_sample) for r in stream_rows(documents, objective.cut)]
+    examples = [objective.view(r, rng(), no_sample) for r in corpus(*documents).rows(objective.cut)]
     targets = np.concatenate([example["targets"] for example in examples])
     assert targets.tolist() == [token for document in documents for token in (*document, EOS)]
-    assert all(len(example["tokens"]) <= 8 for example in examples)
+    assert all(len(example["tokens"]) == len(example["targets"]) <= 8 for example in examples)
+    if not packing:
+        assert all(example["segments"].max() == 1 for example in examples)
 
 
 def test_one_token_for_both_ends_stands_once_between_documents():
@@ -54,11 +50,6 @@ def test_one_token_for_both_ends_stands_once_between_documents():
     example = view(objective, [EOS, 10, 11], [EOS, 20])
     assert example["tokens"].tolist() == [EOS, 10, 11, EOS, 20]
     assert example["targets"].tolist() == [10, 11, EOS, 20, EOS]
-
-
-def test_without_packing_a_row_is_a_window_of_one_document():
-    objective = make_objective(config("causal", data={"packing": False}), Letters())
-    assert not objective.cut.packing and objective.cut.overlap == 1 and objective.cut.length == 17
 
 
 def test_a_tokenizer_without_eos_is_refused():

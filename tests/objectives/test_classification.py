@@ -14,7 +14,7 @@ def objective_for(task="classification", model=None, tokenizer=TOKENIZER, **data
     setting = config(
         "classification",
         model=model or {},
-        data={"length": 12, **data},
+        data={"length": 12} | data,
         objective={"task": task, "label_smoothing": 0.1},
     )
     return make_objective(setting, tokenizer)
@@ -71,6 +71,8 @@ def test_missing_fields_and_impossible_settings_are_named():
         view(objective_for(), text="a")
     with pytest.raises(ConfigError, match="set model.num_classes=3"):
         objective_for(labels=("a", "b", "c"))
+    with pytest.raises(ConfigError, match="data.length must be at least 5, not 4"):
+        objective_for(pair_field="second", length=4)
     with pytest.raises(ConfigError, match="reads one stack"):
         objective_for(model={"architecture": "encoder_decoder"})
 

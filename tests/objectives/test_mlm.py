@@ -5,7 +5,7 @@ import pytest
 from lmx.errors import ConfigError
 from lmx.objectives import make_objective
 
-from .stubs import BOS, EOS, MASK, Letters, Oracle, batch, config, init, no_sample, rng, row
+from .stubs import BOS, EOS, MASK, Letters, Oracle, batch, config, corpus, init, no_sample, rng, row
 
 TOKENIZER = Letters()
 TEXT = TOKENIZER.encode("the quick brown fox jumps over the lazy dog")
@@ -126,6 +126,20 @@ def next_sentence_objective(length):
     model = {"heads": ("mlm", "classification"), "num_token_types": 2}
     setting = config("mlm", model=model, data={"length": length}, objective={"next_sentence": True})
     return make_objective(setting, TOKENIZER)
+
+
+@pytest.mark.parametrize("next_sentence", [False, True])
+def test_rows_of_a_corpus_fit_whatever_their_documents(next_sentence):
+    objective = next_sentence_objective(16) if next_sentence else objective_for(16)
+    store = corpus(TEXT, TEXT[:1], TEXT[5:18], TEXT[3:5])
+    lengths = []
+    for index, cut_row in enumerate(store.rows(objective.cut)):
+        example = objective.view(cut_row, rng(index), store.sample)
+        assert {name for name, value in example.items() if np.ndim(value)} == set(objective.lengths)
+        assert len({len(example[name]) for name in objective.lengths}) == 1
+        assert 1 <= example["weights"].sum() <= objective.num_predictions
+        lengths.append(len(example["tokens"]))
+    assert max(lengths) == 16
 
 
 def test_a_piece_of_one_token_gets_a_random_second():

@@ -6,7 +6,7 @@ from lmx.errors import ConfigError
 from lmx.objectives import make_objective
 from lmx.objectives.span_corruption import noise_counts, noise_mask, window_lengths
 
-from .stubs import EOS, PAD, Letters, batch, config, init, no_sample, rng, row
+from .stubs import EOS, PAD, Letters, batch, config, corpus, init, no_sample, rng, row
 
 TOKENIZER = Letters(sentinels=8)
 
@@ -64,6 +64,16 @@ def test_inputs_and_targets_restore_the_text(size):
         if size > 1:  # a lone token is kept
             assert in_inputs == in_targets and targets[0] == in_targets[0]
         assert restored(inputs, targets, TOKENIZER.sentinel_ids) == tokens.tolist()
+
+
+def test_a_whole_corpus_is_restored():
+    objective = objective_for()
+    documents = np.split(np.arange(13, 313), [5, 90, 91, 200])
+    raw = []
+    for index, window in enumerate(corpus(*documents).rows(objective.cut)):
+        example = objective.view(window, rng(index), no_sample)
+        raw += restored(example["encoder_tokens"][:-1], example["decoder_targets"][:-1], TOKENIZER.sentinel_ids)
+    assert raw == list(range(13, 313))
 
 
 def test_a_full_row_and_its_decoder_inputs():
