@@ -39,7 +39,8 @@ class Routing:
 
 def expert_capacity(length: int, num_experts: int, capacity_factor: float) -> int:
     """Slots of an expert in a row: tokens / experts * capacity factor (equation 3), rounded up, at least one."""
-    return min(length, max(1, math.ceil(length / num_experts * capacity_factor)))
+    slots = round(length / num_experts * capacity_factor, 6)  # 100 / 10 * 1.1 is 11, not 11.000000000000002
+    return min(length, max(1, math.ceil(slots)))
 
 
 def route(logits: Float[Array, "batch length experts"], segments: Int[Array, "batch length"], capacity: int) -> Routing:
@@ -50,7 +51,7 @@ def route(logits: Float[Array, "batch length experts"], segments: Int[Array, "ba
     """
     num_experts = logits.shape[-1]
     real = (segments > 0).astype(jnp.float32)
-    count = jnp.maximum(real.sum(-1), 1.0)
+    count = jnp.maximum(real.sum(-1), 1.0)  # a row of padding alone has losses of zero
     probabilities = jax.nn.softmax(logits, axis=-1)
     gate = probabilities.max(-1) * real
     chosen = jax.nn.one_hot(probabilities.argmax(-1), num_experts) * real[..., None]
@@ -64,7 +65,7 @@ def route(logits: Float[Array, "batch length experts"], segments: Int[Array, "ba
         combine=dispatch * gate[:, :, None, None],
         load_balance=num_experts * (fraction * mean_probability).sum(-1),
         router_z=(log_partition**2 * real).sum(-1) / count,
-        dropped=1.0 - dispatch.sum((1, 2, 3)) / count,
+        dropped=(real.sum(-1) - dispatch.sum((1, 2, 3))) / count,
     )
 
 
