@@ -1,0 +1,219 @@
+"""The pipeline: from a source to batches, by Grain.
+
+Everything here is a function of (seed, index): which row stands where in which epoch, and what is drawn for it. So
+the position in the data is a small state, a run resumes exactly, and the global batch is the same rows in the same
+order over any number of hosts.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lmx.config import Config
+from lmx.errors import missing_extra
+from lmx.text.corpora import Source
+from lmx.text.packing import token_store
+from lmx.text.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    import grain
+
+Batch = dict[str, np.ndarray]
+Example = Mapping[str, Any]
+Place = tuple[int, int, int]  # source of the mixture, its row, epoch
+
+PADDING: tuple = ()  # in the place of a Place: a row of zeros
+PREFIXES = ("", "encoder_", "decoder_")
+BATCHES_AHEAD = 4
+
+
+def make_batches(
+    source: Source,
+    tokenizer: Tokenizer,
+    objective: Any,
+    config: Config,
+    *,
+    train: bool,
+    seed: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "grain.DatasetIterator[Batch]":
+    """An iterator of batches with ``get_state`` and ``set_state``; the state is a small dict that JSON can hold.
+
+    In training, rows come in a fresh order each epoch (unless ``data.shuffle`` is off), mixed by the weights of the
+    source, for ever. Otherwise they come in order, each exactly once, and zero rows fill the last batch, so that every
+    host has as many batches. Several examples of records share a row if the objective is ``packable`` and
+    ``data.packing`` is on; each host then packs the whole stream and takes its rows.
+
+    Args:
+      source: where records come from. Hold on to it between calls: its tokens are remembered with it.
+      tokenizer: makes the ids.
+      objective: what turns a row or record into an example: ``cut``, ``view(row, rng, sample)``, ``lengths``,
+        ``packable``, ``dynamic`` (see :class:`lmx.objectives.base.Objective`). ``sample`` is None for records.
+      config: its data section is read.
+      train: endless and shuffled, or once and in order.
+      seed: of the order and of what ``view`` draws.
+      batch_size: rows of a batch on this host.
+      process_index, process_count: this host among all. Host p has rows p * batch_size to (p + 1) * batch_size of
+        each global batch of process_count * batch_size rows.
+
+    Raises:
+      DataError: the source has no tokens, or a record does not suit the objective; the latter also from ``next``.
+      LmxError: Grain is not installed.
+    """
+    try:
+        import grain
+
+        from lmx.text.resumable import FromIndex, iterate
+    except ImportError as error:
+        if error.name != "grain":
+            raise
+        raise missing_extra("grain", "text", "reading data") from None
+    examples = _Examples.of(source, tokenizer, objective, config, seed)
+    layout = _Layout.of(examples((0, 0, 0)), objective.lengths)
+    packing = objective.packable and config.data.packing
+    if train:
+        places = _endless_places(grain, examples.counts, source.weights, config.data.shuffle, seed)
+    else:
+        fill = 0 if packing else -sum(examples.counts) % (batch_size * process_count)
+        places = grain.MapDataset.range(sum(examples.counts) + fill).map(_InOrder(examples.counts))
+    stream = places.map(examples)
+    if not packing:
+        batches = stream.batch(batch_size, batch_fn=layout.stack)[process_index::process_count]
+        return iterate(FromIndex(batches, config.data.num_workers, read_ahead=BATCHES_AHEAD))
+    rows = batch_size * process_count
+    contents = {name: length for name, length in layout.lengths.items() if not name.endswith(("segments", "positions"))}
+    packed = grain.experimental.FirstFitPackIterDataset(
+        FromIndex(stream, config.data.num_workers, read_ahead=0),
+        length_struct=contents,
+        num_packing_bins=rows,  # a round of packing is a batch
+        shuffle_bins=False,
+    ).map(_with_grains_segments)
+    take = _HostRows(layout, process_index * batch_size, (process_index + 1) * batch_size, rows)
+    batches = packed.batch(rows, batch_fn=take)
+    if train:
+        batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD)
+    return iterate(batches)
+
+
+def _endless_places(grain: Any, counts: Sequence[int], weights: Sequence[float], shuffle: bool, seed: int):
+    """The places of all training rows: each source in a fresh order each epoch, mixed by weight."""
+    parts = []
+    for part, count in enumerate(counts):
+        rows = grain.MapDataset.range(count)
+        if shuffle:  # Grain adds the epoch to the seed; hashed, so that seeds 0 and 1 share no order
+            rows = rows.shuffle(seed=int(np.random.SeedSequence((seed, part)).generate_state(1)[0]))
+        parts.append(rows.repeat().map_with_index(_Epochs(part, count)))
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+
+
+# Callables with fields rather than closures, so that worker processes can be sent them.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Epochs:
+    """The place of a row, from its index in the endless stream of one source."""
+
+    part: int
+    count: int
+
+    def __call__(self, index: int, row: int) -> Place:
+        return self.part, int(row), index // self.count
+
+
+@dataclasses.dataclass(frozen=True)
+class _InOrder:
+    """The place of the n-th row of all sources one after the other, and PADDING beyond them."""
+
+    counts: tuple[int, ...]
+
+    def __call__(self, index: int) -> Place | tuple[()]:
+        for part, count in enumerate(self.counts):
+            if index < count:
+                return part, int(index), 0
+            index -= count
+        return PADDING
+
+
+@dataclasses.dataclass(frozen=True)
+class _Examples:
+    """The example at a place: the objective's view of a row, with a generator of its own."""
+
+    rows: tuple[Sequence[Any], ...]
+    samples: tuple[Callable | None, ...]
+    view: Callable[[Any, np.random.Generator, Callable | None], Example]
+    dynamic: bool
+    seed: int
+
+    @classmethod
+    def of(cls, source: Source, tokenizer: Tokenizer, objective: Any, config: Config, seed: int) -> "_Examples":
+        rows, samples = source.sources, (None,) * len(source.sources)
+        if objective.cut is not None:
+            stores = [token_store(part, tokenizer, config.data.text_field) for part in source.sources]
+            rows, samples = zip(*((store.rows(objective.cut), store.sample) for store in stores), strict=True)
+        return cls(rows, samples, objective.view, objective.dynamic, seed)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(map(len, self.rows))
+
+    def __call__(self, place: Place | tuple[()]) -> Example:
+        if place == PADDING:
+            return {}
+        part, row, epoch = place
+        rng = np.random.default_rng((self.seed, part, row, epoch if self.dynamic else 0))
+        return self.view(self.rows[part][row], rng, self.samples[part])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """The arrays of a batch: their types, and the lengths of those that are not one scalar a row."""
+
+    types: dict[str, np.dtype]
+    lengths: dict[str, int]
+
+    @classmethod
+    def of(cls, example: Example, lengths: Mapping[str, int]) -> "_Layout":
+        """As the first example has them: floats as float32, everything else as int32."""
+        kinds = {name: np.asarray(value).dtype.kind for name, value in example.items()}
+        types = {name: np.dtype(np.float32 if kind == "f" else np.int32) for name, kind in kinds.items()}
+        return cls(types, {name: lengths[name] for name, value in example.items() if np.ndim(value)})
+
+    def stack(self, examples: Sequence[Example]) -> Batch:
+        """The batch of the examples, each padded with zeros; an empty example is a row of zeros."""
+        batch = {}
+        for name, kind in self.types.items():
+            batch[name] = np.zeros((len(examples), *([self.lengths[name]] if name in self.lengths else [])), kind)
+            for row, example in zip(batch[name], examples, strict=True) if name in self.lengths else ():
+                if example:
+                    row[: len(example[name])] = example[name]
+            if name not in self.lengths:
+                batch[name][:] = [example[name] if example else 0 for example in examples]
+        return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _HostRows:
+    """One host's rows of the packed rows of all hosts, which at the end of the data may be fewer than ``total``."""
+
+    layout: _Layout
+    start: int
+    stop: int
+    total: int
+
+    def __call__(self, rows: Sequence[Example]) -> Batch:
+        filled = [*rows, *[{}] * (self.total - len(rows))]
+        return self.layout.stack(filled[self.start : self.stop])
+
+
+def _with_grains_segments(row: Example) -> Example:
+    """Grain numbers the examples in each array of a packed row; one numbering stands for all arrays of a stack."""
+    named = {name: value for name, value in row.items() if not name.endswith(("_segment_ids", "_positions"))}
+    for prefix in PREFIXES:
+        if f"{prefix}tokens" in row:
+            named[f"{prefix}segments"] = row[f"{prefix}tokens_segment_ids"]
+            named[f"{prefix}positions"] = row[f"{prefix}tokens_positions"]
+    return named
