@@ -67,7 +67,7 @@ def make_batches(
     try:
         import grain
 
-        from lmx.text.resumable import FromIndex, iterate
+        from lmx.text.resumable import ClosedAtExit, FromIndex
     except ImportError as error:
         if error.name != "grain":
             raise
@@ -83,7 +83,8 @@ def make_batches(
     stream = places.map(examples)
     if not packing:
         batches = stream.batch(batch_size, batch_fn=layout.stack)[process_index::process_count]
-        return iterate(FromIndex(batches, config.data.num_workers, read_ahead=BATCHES_AHEAD))
+        batches = FromIndex(batches, config.data.num_workers, read_ahead=BATCHES_AHEAD)
+        return ClosedAtExit(iter(batches))
     rows = batch_size * process_count
     contents = {name: length for name, length in layout.lengths.items() if not name.endswith(("segments", "positions"))}
     packed = grain.experimental.FirstFitPackIterDataset(
@@ -96,7 +97,7 @@ def make_batches(
     batches = packed.batch(rows, batch_fn=take)
     if train:
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD)
-    return iterate(batches)
+    return ClosedAtExit(iter(batches))
 
 
 def _endless_places(grain: Any, counts: Sequence[int], weights: Sequence[float], shuffle: bool, seed: int):

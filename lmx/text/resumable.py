@@ -1,26 +1,13 @@
-"""A Grain dataset whose position is one number. Importing this module imports Grain."""
+"""Grain datasets whose position is small, and whose iterators end cleanly. Importing this module imports Grain."""
 
 import atexit
+import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import grain
-
-# Grain's iterators close themselves when they are collected, but not quietly once the interpreter is going down.
-_open: "weakref.WeakSet[grain.DatasetIterator]" = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    for iterator in list(_open):
-        iterator.close()
-
-
-def iterate(dataset: grain.IterDataset) -> grain.DatasetIterator:
-    """``iter(dataset)``, closed before the interpreter ends."""
-    iterator = iter(dataset)
-    _open.add(iterator)
-    return iterator
+from absl import flags
 
 
 class FromIndex(grain.IterDataset):
@@ -39,26 +26,35 @@ class FromIndex(grain.IterDataset):
         super().__init__()
         self._dataset, self._num_workers, self._read_ahead = dataset, num_workers, read_ahead
 
-    def __iter__(self) -> "FromIndexIterator":
-        return FromIndexIterator(self._dataset, self._num_workers, self._read_ahead)
+    def __iter__(self) -> grain.DatasetIterator:
+        return _FromIndexIterator(self._from)
+
+    def _from(self, index: int) -> grain.DatasetIterator:
+        """Grain's iterator over the elements from ``index`` on."""
+        threads = 1 if self._read_ahead else 0
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._read_ahead)
+        elements = self._dataset[index:].to_iter_dataset(options)
+        if self._num_workers:
+            if not flags.FLAGS.is_parsed():  # Grain asks absl for flags of its own before it starts a process
+                flags.FLAGS.mark_as_parsed()
+            # Batches are small; in shared memory, arrays that live on to the end would be reported as leaks.
+            never_shared = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+            elements = grain.experimental.WithOptionsIterDataset(elements, never_shared)
+            elements = elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
+        return iter(elements)
 
 
-class FromIndexIterator(grain.DatasetIterator):
-    """The iterator of :class:`FromIndex`: starts its threads or worker processes when first asked."""
+class _FromIndexIterator(grain.DatasetIterator):
+    """Starts its threads or processes when first asked for an element, and anew after ``set_state``."""
 
-    def __init__(self, dataset: grain.MapDataset, num_workers: int, read_ahead: int):
+    def __init__(self, start: Callable[[int], grain.DatasetIterator]):
         super().__init__()
-        self._dataset, self._num_workers, self._read_ahead = dataset, num_workers, read_ahead
+        self._start = start
         self._next_index, self._elements = 0, None
 
     def __next__(self) -> Any:
         if self._elements is None:
-            threads = 1 if self._read_ahead else 0
-            options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._read_ahead)
-            elements = self._dataset[self._next_index :].to_iter_dataset(options)
-            if self._num_workers:
-                elements = elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
-            self._elements = iter(elements)
+            self._elements = self._start(self._next_index)
         element = next(self._elements)
         self._next_index += 1
         return element
@@ -67,14 +63,51 @@ class FromIndexIterator(grain.DatasetIterator):
         return {"next_index": self._next_index}
 
     def set_state(self, state: dict[str, int]) -> None:
-        self._close_elements()
+        self._stop()
         self._next_index = state["next_index"]
 
     def close(self) -> None:
-        self._close_elements()
+        self._stop()
         super().close()
 
-    def _close_elements(self) -> None:
+    def _stop(self) -> None:
         if self._elements is not None:
             self._elements.close()
             self._elements = None
+
+
+class ClosedAtExit(grain.DatasetIterator):
+    """An iterator that lets go of its threads and processes before the interpreter goes down.
+
+    Grain's own iterators close themselves when they are collected, but fail at it, aloud, when that is too late.
+    """
+
+    _open: "weakref.WeakSet[ClosedAtExit]" = weakref.WeakSet()
+
+    def __init__(self, iterator: grain.DatasetIterator):
+        super().__init__()
+        self._iterator: grain.DatasetIterator | None = iterator
+        self._open.add(self)
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            raise ValueError("these batches were closed.")
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._iterator.set_state(state)
+
+    def close(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+        super().close()
+
+
+@atexit.register
+def _close_all() -> None:
+    for iterator in list(ClosedAtExit._open):
+        iterator.close()
