@@ -1,0 +1,370 @@
+"""A trained model in the hand: what a notebook, the command line and a server hold."""
+
+import dataclasses
+import functools
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jaxtyping import Array, Float, PyTree
+from numpy.typing import ArrayLike
+
+from lmx.config import Config
+from lmx.errors import CheckpointError, LmxError, nearest
+from lmx.generation.decode import bucket, generate, pad_prompts
+from lmx.models.stack import unroll_params
+from lmx.models.transformer import Transformer
+from lmx.objectives import Objective, make_objective
+from lmx.objectives.causal import Causal
+from lmx.objectives.classification import Classification
+from lmx.objectives.mlm import MaskedLanguageModel
+from lmx.objectives.prefix_lm import PrefixLM
+from lmx.objectives.seq2seq import EncoderDecoderObjective
+from lmx.text.tokenizers import Tokenizer, load_tokenizer
+from lmx.training.checkpoints import Checkpoints
+from lmx.training.workdir import read_config, write_config
+
+PREDICT_BATCH = 32  # rows that predict computes at once
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model, its parameters and its tokenizer. ``dataclasses.replace(lm, params=…)`` gives an altered one.
+
+    Attributes:
+      config: the resolved config it was trained with; ``config.model.vocab_size`` is a number.
+      params: a plain pytree of arrays, without axis metadata.
+      tokenizer: see :mod:`lmx.text.tokenizers`.
+    """
+
+    config: Config
+    params: PyTree
+    tokenizer: Tokenizer
+
+    @functools.cached_property
+    def model(self) -> Transformer:
+        """The pure Flax module that ``params`` belong to."""
+        return Transformer(self.config.model)
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """What the model was trained for; it knows how text is laid out."""
+        return make_objective(self.config, self.tokenizer)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes in the order of a classifier's logits; empty for other models."""
+        if not isinstance(self.objective, Classification) or self.objective.regression:
+            return ()
+        return self.config.data.labels or tuple(map(str, range(self.config.model.num_classes)))
+
+    def logits(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        decoder_input_ids: ArrayLike | None = None,
+    ) -> Float[Array, "batch length vocab"] | Float[Array, "batch classes"] | Float[Array, "batch length 2"]:
+        """Scores by the model's head, float32: classes if it was trained to classify, else its first head's.
+
+        Args:
+          input_ids: [batch, length], the encoder's where there are two stacks.
+          attention_mask: [batch, length], 0 for padding on either side; none: there is no padding.
+          token_type_ids: [batch, length], for models with token types; none: all 0.
+          decoder_input_ids: [batch, decoder length], for encoder-decoders.
+
+        Raises:
+          LmxError: an input is missing, has another shape, or the model has no use for it.
+        """
+        head = "classification" if self.config.objective.name == "classification" else self.config.model.heads[0]
+        batch = self._batch(input_ids, attention_mask, token_type_ids, decoder_input_ids)
+        return _outputs(self.model, self.params, batch, f"{head}_logits")
+
+    def hidden_states(
+        self,
+        inputs: str | Sequence[str] | ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        decoder_input_ids: ArrayLike | None = None,
+    ) -> dict[str, Array]:
+        """What every layer computed, by name: ``decoder/embeddings``, ``decoder/layer_0/attention_residual`` (the
+        residual stream after attention), ``decoder/layer_0/mlp_residual`` (after the whole layer),
+        ``decoder/layer_0/attention/weights`` [batch, heads, query, key], …, ``decoder/output``.
+
+        Args:
+          inputs: text or texts, laid out by :meth:`encode` and padded on the right, or ids as for :meth:`logits`.
+          attention_mask, token_type_ids, decoder_input_ids: see :meth:`logits`; a mask goes with ids only.
+        """
+        if isinstance(inputs, str) or (len(inputs) and isinstance(inputs[0], str)):
+            rows = [self.encode(text) for text in ([inputs] if isinstance(inputs, str) else inputs)]
+            inputs, attention_mask = pad_prompts(rows, max(map(len, rows)), self._pad_id, left=False)
+        batch = self._batch(inputs, attention_mask, token_type_ids, decoder_input_ids)
+        return _hidden_states(self.model, self.params, batch)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, with the special tokens that training puts around it."""
+        objective = self.objective
+        if isinstance(objective, Classification):
+            return objective.inputs(self._record(text))["tokens"].tolist()
+        ids = self.tokenizer.encode(text)
+        if isinstance(objective, EncoderDecoderObjective):
+            return [*ids, objective.eos]
+        if isinstance(objective, MaskedLanguageModel):
+            return [*objective.cls, *ids, *objective.sep]
+        return [*objective.cut.before, *ids]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_beams: int = 1,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+    ) -> str | list[str]:
+        """Continues texts (decoder), or answers them (encoder-decoder).
+
+        Args:
+          prompts: a text, which gives a text, or several, which give a list.
+          stop: a text ends before the first of these; so it does with the end-of-sequence token.
+          max_new_tokens, temperature, top_k, top_p, num_beams, seed: see :func:`lmx.generation.decode.generate`.
+
+        Returns:
+          What the model wrote, without the prompt.
+
+        Raises:
+          LmxError: the model cannot generate, or not so much.
+        """
+        texts, stop = _as_list(prompts), _as_list(stop)
+        objective = self.objective
+        if not isinstance(objective, (Causal, EncoderDecoderObjective)):
+            raise LmxError(
+                f"this model was trained with objective {self.config.objective.name!r} and does not generate text; "
+                "train one with 'causal', 'prefix_lm', 'span_corruption' or 'seq2seq'."
+            )
+        ids = [self.encode(text) for text in texts]
+        pieces = [self.tokenizer.encode(text) for text in stop]
+        answers = generate(
+            self.model,
+            self.params,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            num_beams=num_beams,
+            stop_ids=[objective.eos, *(piece[0] for piece in pieces if len(piece) == 1)],
+            pad_id=self._pad_id,
+            decoder_start_id=objective.start if isinstance(objective, EncoderDecoderObjective) else self._pad_id,
+            bidirectional_prompt=isinstance(objective, PrefixLM),
+            seed=seed,
+        )
+        if isinstance(objective, EncoderDecoderObjective):
+            ids = [[] for _ in ids]
+        written = [self._continuation(prompt, new) for prompt, new in zip(ids, answers, strict=True)]
+        written = [_before(text, stop) for text in written]
+        return written[0] if isinstance(prompts, str) else written
+
+    def predict(self, texts: str | Sequence[str | tuple[str, str]]) -> dict[str, Any] | list[dict[str, Any]]:
+        """The likeliest class of each text, or of each pair of texts.
+
+        Returns:
+          ``{"label": str, "probability": float}`` a text, ``{"score": float}`` where the model predicts a number; a
+          list of them, or one where ``texts`` is one text.
+
+        Raises:
+          LmxError: the model is no classifier, or reads pairs and gets single texts or the other way round.
+        """
+        if not isinstance(self.objective, Classification):
+            raise LmxError(
+                f"this model was trained with objective {self.config.objective.name!r} and is no classifier; "
+                "fine-tune it with objective 'classification' (train.init_from)."
+            )
+        examples = [self.objective.inputs(self._record(text)) for text in _as_list(texts)]
+        chunks = [examples[i : i + PREDICT_BATCH] for i in range(0, len(examples), PREDICT_BATCH)]
+        found = [prediction for chunk in chunks for prediction in self._predicted(chunk)]
+        return found[0] if isinstance(texts, str) else found
+
+    def save(self, path: str | os.PathLike, format: str = "lmx") -> None:
+        """Exports to a folder that :func:`load` opens; it is there only once it is whole.
+
+        Args:
+          path: a folder that does not exist yet, or is empty.
+          format: "lmx": ``config.json``, ``params/`` (Orbax) and ``tokenizer/``.
+
+        Raises:
+          LmxError: the folder holds something, or the format is not available.
+        """
+        if format == "hf":
+            raise LmxError("format='hf' (Hugging Face) is not available yet; use format='lmx'.")
+        if format != "lmx":
+            raise LmxError(f"format {format!r} is unknown{nearest(format, ['lmx', 'hf'])}")
+        target = Path(path).expanduser().resolve()
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise LmxError(f"{target} exists already and is not overwritten; remove it, or choose another path.")
+        beside = target.with_name(target.name + ".tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        write_config(beside, self.config, asked=self.config)
+        self.tokenizer.save(beside / "tokenizer")
+        _save_params(beside / "params", self.params)
+        os.replace(beside, target)
+
+    @property
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_id or 0
+
+    def _batch(self, input_ids, attention_mask, token_type_ids, decoder_input_ids) -> dict[str, np.ndarray]:
+        """The model's batch; a token's position is the number of tokens before it, wherever the padding is."""
+        config = self.config.model
+        two = config.architecture == "encoder_decoder"
+        if two != (decoder_input_ids is not None):
+            raise LmxError(
+                "an encoder-decoder needs decoder_input_ids, what its decoder has written so far (at first its start "
+                "token alone)."
+                if two
+                else f"decoder_input_ids are for encoder-decoders; this is: {config.architecture}."
+            )
+        if token_type_ids is not None and not config.num_token_types:
+            raise LmxError("token_type_ids were given, but the model has no token types; leave them out.")
+        stack = "encoder_" if two else ""
+        tokens = _ids("input_ids", input_ids, config.vocab_size)
+        mask = np.ones_like(tokens) if attention_mask is None else _ids("attention_mask", attention_mask, 2, tokens)
+        batch = {"tokens": tokens, "segments": mask, "positions": np.maximum(np.cumsum(mask, axis=1) - 1, 0)}
+        batch = {f"{stack}{name}": value.astype(np.int32) for name, value in batch.items()}
+        if token_type_ids is not None:
+            batch["token_types"] = _ids("token_type_ids", token_type_ids, config.num_token_types, tokens)
+        if two:
+            batch["decoder_tokens"] = _ids("decoder_input_ids", decoder_input_ids, config.vocab_size)
+        return batch
+
+    def _record(self, text: str | tuple[str, str]) -> dict[str, str]:
+        """A text or a pair as the record that the classifier's objective reads."""
+        fields = [name for name in (self.config.data.text_field, self.config.data.pair_field) if name]
+        texts = _as_list(text)
+        if len(texts) != len(fields):
+            wanted = "pairs of texts" if len(fields) == 2 else "single texts"
+            raise LmxError(f"this classifier reads {wanted}, and got {text!r}.")
+        return dict(zip(fields, texts, strict=True))
+
+    def _predicted(self, examples: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+        length = min(bucket(max(len(example["tokens"]) for example in examples)), self.objective.lengths["tokens"])
+        batch = {
+            name: np.stack([np.pad(example[name], (0, length - len(example[name]))) for example in examples])
+            for name in examples[0]
+        }
+        logits = np.asarray(_outputs(self.model, self.params, batch, "classification_logits"))
+        if self.objective.regression:
+            return [{"score": float(score)} for score in logits[:, 0]]
+        probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
+        return [{"label": self.labels[row.argmax()], "probability": float(row.max())} for row in probabilities]
+
+    def _continuation(self, prompt: list[int], new: list[int]) -> str:
+        """The text that ``new`` adds; decoded with the prompt, because a piece alone loses the space before it."""
+        before, whole = self.tokenizer.decode(prompt), self.tokenizer.decode([*prompt, *new])
+        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(new)
+
+
+def load(path: str | os.PathLike, *, step: int | None = None) -> LanguageModel:
+    """Opens a trained model.
+
+    Args:
+      path: a workdir of ``lmx train``, or a folder that :meth:`LanguageModel.save` wrote.
+      step: which checkpoint of a workdir; none is the newest.
+
+    Raises:
+      CheckpointError: there is no such model, or it is damaged.
+    """
+    folder = Path(path).expanduser().resolve()
+    found = {name for name in ("config.json", "checkpoints", "params", "tokenizer") if (folder / name).exists()}
+    if not {"config.json", "tokenizer"} <= found or not {"checkpoints", "params"} & found:
+        state = f"has {', '.join(sorted(found)) or 'none of these'}" if folder.is_dir() else "is no folder"
+        raise CheckpointError(
+            f"{path} holds no model: it should be a workdir of `lmx train` (config.json, tokenizer/ and checkpoints/) "
+            f"or a folder that LanguageModel.save wrote (config.json, tokenizer/ and params/), but {folder} {state}."
+        )
+    config = read_config(folder)
+    layout = _layout(Transformer(config.model))
+    if "checkpoints" in found:
+        with Checkpoints(folder, read_only=True) as checkpoints:
+            params = checkpoints.restore_params(layout, step)
+    elif step is not None:
+        raise CheckpointError(f"{path} is an exported model without steps; leave step={step} out.")
+    else:
+        params = _load_params(folder / "params", layout)
+    return LanguageModel(config, params, load_tokenizer(folder / "tokenizer"))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "name"))
+def _outputs(model, params, batch, name):
+    return model.apply({"params": params}, batch)[name]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _hidden_states(model, params, batch):
+    _, sown = model.apply({"params": params}, batch, method="hidden", mutable=["intermediates"])
+    by_name = flatten_dict(unroll_params(sown["intermediates"]), sep="/")
+    return {re.sub(r"/layers_(\d+)/", r"/layer_\1/", name): value for name, (value,) in by_name.items()}
+
+
+def _layout(model: Transformer) -> PyTree:
+    """Names, shapes and types of the parameters, on the first device; computes nothing."""
+    two = model.config.architecture == "encoder_decoder"
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    batch = dict.fromkeys(("encoder_tokens", "decoder_tokens") if two else ("tokens",), tokens)
+    params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))["params"]
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params)
+
+
+def _save_params(folder: Path, params: PyTree) -> None:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, params)
+
+
+def _load_params(folder: Path, layout: PyTree) -> PyTree:
+    import orbax.checkpoint as ocp
+
+    def shapes(tree):
+        return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            if shapes(checkpointer.metadata(folder).item_metadata.tree) == shapes(layout):
+                return checkpointer.restore(folder, layout)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise CheckpointError(f"{folder} is damaged ({reason}); export the model again.") from error
+    raise CheckpointError(f"the parameters in {folder} do not fit the config.json beside it; export the model again.")
+
+
+def _ids(name: str, values: ArrayLike, limit: int, like: np.ndarray | None = None) -> np.ndarray:
+    """The values as int32 [batch, length], all from 0 to below ``limit``: JAX would clip others silently."""
+    array = np.asarray(values)
+    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iub":
+        raise LmxError(f"{name} must be whole numbers [batch, length], not {array.dtype} of shape {array.shape}.")
+    if like is not None and array.shape != like.shape:
+        raise LmxError(f"{name} has shape {array.shape}, but input_ids has {like.shape}.")
+    if array.min() < 0 or array.max() >= limit:
+        raise LmxError(f"{name} must be from 0 to {limit - 1}; found {array.min()} to {array.max()}.")
+    return array.astype(np.int32)
+
+
+def _as_list(texts: str | Sequence[Any]) -> list[Any]:
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of ``stops`` in it."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
