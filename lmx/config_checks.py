@@ -59,6 +59,21 @@ def _check_widths(model: "Model") -> None:
         model.position != "sinusoidal" or embed_dim % 2 == 0,
         f"sinusoidal positions need an even model.embed_dim, not {embed_dim}.",
     )
+    if model.position == "relative":
+        _check_relative(model.relative_buckets, model.relative_max_distance)
+
+
+def _check_relative(buckets: int, max_distance: int) -> None:
+    _require(
+        buckets >= 4 and buckets % 2 == 0,
+        f"model.relative_buckets must be even and at least 4, not {buckets}: an encoder has half of them for each "
+        "direction.",
+    )
+    _require(
+        max_distance > buckets // 2,
+        f"model.relative_max_distance ({max_distance}) must be more than half of model.relative_buckets ({buckets}), "
+        "the distances that have a bucket of their own.",
+    )
 
 
 def _check_layers(model: "Model", period: int) -> None:
@@ -97,6 +112,11 @@ def _check_objective(config: "Config") -> None:
     _require(
         not (classifies and objective.task == "regression") or model.num_classes == 1,
         f"regression needs model.num_classes=1, not {model.num_classes}.",
+    )
+    _require(
+        not (classifies and model.architecture == "decoder") or model.pooling == "mean",
+        f"classification reads the state of one token (model.pooling={model.pooling!r}), and a decoder's first token "
+        "sees no other: set model.pooling='mean'.",
     )
     _require(
         model.position != "learned" or data.length <= model.max_length,

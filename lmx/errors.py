@@ -30,11 +30,12 @@ class TrainingError(LmxError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the known name closest to ``name``, or the whole list."""
-    known = sorted(known)
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not matches:  # `attention.num_heads` misplaced as `num_heads`: compare the last words too
+    known, leaf = sorted(known), name.rsplit(".", 1)[-1]
+    elsewhere = [other for other in known if other.rsplit(".", 1)[-1] == leaf]  # `optimizer.steps` is `train.steps`
+    matches = difflib.get_close_matches(name, elsewhere or known, n=1, cutoff=0.0 if elsewhere else 0.5)
+    if not matches:  # misspelt and in the wrong section: compare the last words alone
         last = {other.rsplit(".", 1)[-1]: other for other in known}
-        matches = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
+        matches = [last[m] for m in difflib.get_close_matches(leaf, last, n=1, cutoff=0.6)]
     if matches:
         return f"; did you mean {matches[0]!r}?"
     return f"; known: {', '.join(known)}"

@@ -128,7 +128,7 @@ def _checked(name: str, field: dataclasses.Field, value: Any) -> Any:
     for item in value if isinstance(value, tuple) else (value,):
         if choices and item not in choices:
             raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {item!r}{nearest(str(item), choices)}")
-        if (low is not None and item < low) or (high is not None and item > high):
+        if (low is not None and not item >= low) or (high is not None and not item <= high):  # nan is neither
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             raise ConfigError(f"{name} must be {bounds}, not {item!r}. {meaning}")
     return value
