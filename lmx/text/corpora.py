@@ -138,8 +138,8 @@ class Slice:
         bounds = [bound.strip() for bound in text.split(":")]
         if len(bounds) != 2 or not all(self._is_bound(bound) for bound in bounds):
             raise DataError(
-                f"the slice [{text}] cannot be read; write [start:stop] with counts or percentages, such as [:90%], "
-                "[90%:], [100:200] or [:-5]."
+                f"the slice [{text}] cannot be read; write [start:stop] with counts or percentages up to 100%, such as "
+                "[:90%], [90%:], [100:200] or [:-5]."
             )
         self._start, self._stop = bounds
 
@@ -155,7 +155,9 @@ class Slice:
 
     def _is_bound(self, bound: str) -> bool:
         match = self._BOUND.fullmatch(bound)
-        return bound == "" or (match is not None and (match[3] == "%" or "." not in match[2]))
+        if bound == "" or match is None:
+            return bound == ""
+        return float(match[2]) <= 100 if match[3] else "." not in match[2]
 
     def _resolve(self, bound: str, total: int, default: int) -> int:
         if bound == "":

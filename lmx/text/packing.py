@@ -230,7 +230,7 @@ class _Progress:
             from rich.console import Console
             from rich.progress import Progress
 
-            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._bar = Progress(console=Console(stderr=True))
             self._task = self._bar.add_task(self._title, total=self._total)
             self._bar.start()
         if self._bar is not None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmx.config import Config
-from lmx.errors import missing_extra
 from lmx.text.corpora import Source
 from lmx.text.packing import token_store
 from lmx.text.tokenizers import Tokenizer
@@ -62,16 +61,11 @@ def make_batches(
 
     Raises:
       DataError: the source has no tokens, or a record does not suit the objective; the latter also from ``next``.
-      LmxError: Grain is not installed.
     """
-    try:
-        import grain
+    import grain
 
-        from lmx.text.resumable import ClosedAtExit, FromIndex
-    except ImportError as error:
-        if error.name != "grain":
-            raise
-        raise missing_extra("grain", "text", "reading data") from None
+    from lmx.text.resumable import ClosedAtExit, FromIndex
+
     examples = _Examples.of(source, tokenizer, objective, config, seed)
     layout = _Layout.of(examples((0, 0, 0)), objective.lengths)
     packing = objective.packable and config.data.packing

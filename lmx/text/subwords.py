@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from lmx.text.tokenizers import SPECIALS, Tokenizer
 
 MODEL_FILE = "spiece.model"
 LONGEST_SENTENCE = 1000  # characters; the trainer throws away sentences beyond a limit, so long lines are cut
-LONG_TEXT = 1 << 16  # characters encoded at once
+LONG_LINE = 1 << 14  # characters encoded at once
 
 SPACE = "\u2581"  # SentencePiece writes a space so, and would read this character in a text as a space
 LINE_SYMBOLS = ("\n", "\t")  # each its own piece: newlines stay, and tabs would make the trainer skip the line
@@ -34,10 +35,8 @@ class SentencePieceTokenizer(Tokenizer):
           its pieces in the order of T5's published vocabulary (``<extra_id_0>`` last).
         lowercase: lower-case text first.
         """
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError:
-            raise missing_extra("sentencepiece", "text", "a SentencePiece tokenizer") from None
+        from sentencepiece import SentencePieceProcessor
+
         self._model = model
         try:
             self._pieces = pieces = SentencePieceProcessor(model_proto=model)
@@ -68,10 +67,8 @@ class SentencePieceTokenizer(Tokenizer):
         Raises:
           DataError: ``config.vocab_size`` is larger than the text can fill, or too small for its characters.
         """
-        try:
-            from sentencepiece import SentencePieceTrainer
-        except ImportError:
-            raise missing_extra("sentencepiece", "text", "tokenizer.kind='sentencepiece'") from None
+        from sentencepiece import SentencePieceTrainer
+
         model = io.BytesIO()
         pad, bos, eos, unk, mask = SPECIALS
         try:
@@ -137,7 +134,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class FileTokenizer(Tokenizer):
-    """A ``tokenizer.json`` of the ``tokenizers`` library, or BERT's ``vocab.txt`` (WordPiece)."""
+    """A ``tokenizer.json`` of the ``tokenizers`` library, or BERT's ``vocab.txt`` (WordPiece).
+
+    As that library has it, special tokens that stand in a text are read as such.
+    """
 
     kind = "file"
 
@@ -156,10 +156,7 @@ class FileTokenizer(Tokenizer):
         serialized: the content of a ``tokenizer.json``.
         num_sentinels: sentinels to add above the vocabulary where it has no ``<extra_id_…>`` of its own.
         """
-        try:
-            import tokenizers
-        except ImportError:
-            raise missing_extra("tokenizers", "text", "a tokenizer file") from None
+        tokenizers = _library()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
         except Exception as error:  # the library raises bare Exceptions
@@ -220,6 +217,14 @@ class FileTokenizer(Tokenizer):
         return {"tokenizer.json": self._tokenizer.to_str().encode()}, {}
 
 
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise missing_extra("tokenizers", "hf", "a tokenizer file") from None
+    return tokenizers
+
+
 def _sentence_piece_surface(piece: str) -> str:
     return re.sub(r"<0x[0-9A-F]{2}>", "x", piece).replace(SPACE, " ")
 
@@ -251,21 +256,24 @@ def _sentences(texts: Iterable[str], lowercase: bool) -> Iterator[str]:
 
 
 def _parts(text: str) -> list[str]:
-    """The text in parts that encode as they do together: at newlines and before words where long, around U+2581."""
-    parts = re.split(f"({SPACE})", text) if SPACE in text else [text]
-    return [piece for part in parts for piece in _cut(part) if piece]
+    """The lines of a text, cut around U+2581 and, where very long, before words; their ids joined are the text's.
+
+    SentencePiece takes time and memory for the longest text. And where two ways to cut a line are equally likely, as
+    of a row of dashes, its rounding takes one or the other by what stands before: here a line is always the same.
+    """
+    parts = re.findall(f"{SPACE}|[^{SPACE}\n]*\n|[^{SPACE}\n]+", text)
+    return [piece for part in parts for piece in _cut(part)]
 
 
-def _cut(text: str) -> Iterator[str]:
+def _cut(line: str) -> Iterator[str]:
     start = 0
-    while len(text) - start > LONG_TEXT:
-        # No piece reaches across a newline, nor from a letter into the space that follows it.
-        boundary = re.compile(r"\n|\S(?= )").search(text, start + LONG_TEXT)
+    while len(line) - start > LONG_LINE:
+        boundary = re.compile(r"\S(?= )").search(line, start + LONG_LINE)  # no piece reaches from a letter into a space
         if boundary is None:
             break
-        yield text[start : boundary.end()]
+        yield line[start : boundary.end()]
         start = boundary.end()
-    yield text[start:]
+    yield line[start:]
 
 
 def _joined(parts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -300,10 +308,6 @@ def _read_text(path: Path) -> str:
 
 def _word_piece(path: Path, lowercase: bool) -> str:
     """The tokenizer.json of BERT's vocab.txt: a piece a line, its id the line's number from 0."""
-    try:
-        from tokenizers import BertWordPieceTokenizer
-    except ImportError:
-        raise missing_extra("tokenizers", "text", "a tokenizer file") from None
     pieces = _read_text(path).removesuffix("\n").split("\n")
     vocabulary = {piece.rstrip("\r"): i for i, piece in enumerate(pieces)}
     if len(vocabulary) < len(pieces):
@@ -311,4 +315,4 @@ def _word_piece(path: Path, lowercase: bool) -> str:
     missing = [name for name in ("[UNK]", "[CLS]", "[SEP]") if name not in vocabulary]
     if missing:
         raise DataError(f"{path} is not BERT's vocab.txt: it has no line {', '.join(missing)}.")
-    return BertWordPieceTokenizer(vocabulary, lowercase=lowercase).to_str()
+    return _library().BertWordPieceTokenizer(vocabulary, lowercase=lowercase).to_str()

@@ -184,7 +184,7 @@ def make_tokenizer(config: schema.Tokenizer, texts: Texts) -> Tokenizer:
     Raises:
       ConfigError: kind "file" without a path, or a path that the kind does not open.
       DataError: a file that is missing or damaged, no text to train on, or a vocabulary that does not fit the text.
-      LmxError: a package is not installed.
+      LmxError: kind "file" without the package tokenizers.
     """
     if config.path:
         return _open_path(config)
