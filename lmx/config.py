@@ -164,8 +164,8 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Which text, cut and batched how. Sources: builtin:NAME, text:GLOB, jsonl:FILE, tfds:NAME, each with an
-    optional slice as in TFDS (``[:90%]``), or a weighted mixture ``0.7*SOURCE + 0.3*SOURCE``."""
+    """Which text, cut and batched how. Sources: builtin:NAME, text:GLOB, jsonl:FILE, tfds:NAME@SPLIT (train if not
+    named), each with an optional slice as in TFDS (``[:90%]``), or a weighted mixture ``0.7*SOURCE + 0.3*SOURCE``."""
 
     train: str = option("builtin:python_manual[:90%]", "Training source.")
     eval: str = option("builtin:python_manual[90%:]", "Held-out source.")
@@ -273,7 +273,6 @@ class Eval:
 
     batch_size: int | None = option(None, "Rows a batch; none: train.global_batch_size.", low=1)
     max_batches: int = option(0, "Most batches an evaluation reads; 0: all of the held-out data.", low=0)
-    generate: bool = option(False, "seq2seq: `lmx eval` also decodes and reports exact match.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,17 +29,15 @@ def read_config_file(path: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"--config: there is no file {file}{nearest(file.name, others) if others else ''}")
     for override in overrides:
         _check_name(override)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    values, arguments = flags.FlagValues(), ["lmx", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=arguments)
     try:
-        values(["lmx", f"--config={path}", *overrides])
+        values(arguments)
         found = values["config"].value
-    except flags.Error as error:
-        raise ConfigError(f"--config {path}: {_first_line(error)}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"--config {path}: {_first_line(error)}") from error
+    except ConfigError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(_reason(path, str(error))) from error
     return from_config_dict(found)
 
 
@@ -46,10 +45,8 @@ def describe_fields() -> str:
     """Every field with its type, default and meaning, a line each: the text of ``--help-config``."""
     lines = []
     for name, field in field_types().items():
-        kind = getattr(field.type, "__name__", str(field.type)) if isinstance(field.type, type) else str(field.type)
         choices = f" One of {', '.join(field.metadata['choices'])}." if field.metadata["choices"] else ""
-        default = f"{field.default!r}" if field.default is not dataclasses.MISSING else ""
-        lines.append(f"--config.{name}  ({kind}, {default})\n    {field.metadata['meaning']}{choices}")
+        lines.append(f"--config.{name}  ({_type_name(field)}, {field.default!r})\n    {field.metadata['meaning']}{choices}")
     return "\n".join(lines)
 
 
@@ -68,5 +65,15 @@ def _check_name(override: str) -> None:
         raise ConfigError(f"config has no field {name!r}{nearest(name, field_types())}")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().strip("'\"")
+def _reason(path: str, message: str) -> str:
+    """What a parser's message comes down to."""
+    value = re.search(r"flag --config\.([\w.]+)=(.*?): ", message)
+    if value and value[1] in field_types():
+        field = field_types()[value[1]]
+        return f"{value[1]} must be {_type_name(field)}, not {value[2]!r}. {field.metadata['meaning']}"
+    last = message.strip().splitlines()[-1]  # of a traceback, where the experiment file itself raised
+    return f"--config {path}: " + re.sub(r"^[\w.]*Error: ", "", last)
+
+
+def _type_name(field: dataclasses.Field) -> str:
+    return field.type.__name__ if type(field.type) is type else str(field.type)

@@ -13,11 +13,17 @@ from lmx.parallel.sharding import RULES, batch_sharding
 PMAP_AXIS = "devices"
 
 
+def axis_name(strategy: str) -> str | None:
+    """The mapped axis that a step compiled by ``strategy`` has to sum over; none where it sees the whole batch."""
+    return PMAP_AXIS if strategy == "pmap" else None
+
+
 def check_strategy(strategy: str, mesh: jax.sharding.Mesh) -> None:
     """Raises :class:`ConfigError` where the strategy cannot compute on this mesh."""
     if strategy == "jit" and mesh.size > 1:
         raise ConfigError(
-            f"train.strategy='jit' computes on one device, but the mesh has {mesh.size}; use 'pjit', or show one device."
+            f"train.strategy='jit' computes on one device, but the mesh has {mesh.size}; use 'pjit', or show JAX one "
+            "device only."
         )
     if strategy == "pmap" and mesh.size != mesh.shape["data"]:
         sizes = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis != "data"}
@@ -28,41 +34,38 @@ def compile_step(
     step: Callable,
     strategy: str,
     mesh: jax.sharding.Mesh,
-    state_shardings: Any,
+    shardings: Any,
     *,
-    donate: bool = False,
-    returns_state: bool = True,
+    updates: bool,
 ) -> Callable:
     """Compiles ``step(state, batch)``.
 
     Args:
-      step: returns ``(state, metrics)``, or ``metrics`` alone.
+      step: returns ``(state, metrics)`` if it updates the state, else ``metrics``.
       strategy: jit, pmap or pjit.
       mesh: the devices.
-      state_shardings: where each leaf of the state lies.
-      donate: the old state's memory is reused for the new one.
-      returns_state: which of the two ``step`` returns.
+      shardings: where each leaf of the state lies.
+      updates: whether a new state comes back; the old one's memory is then reused for it.
 
     Returns:
       A function of the state and of a global batch that lies on the mesh (:func:`lmx.parallel.sharding.put_batch`).
     """
-    donated = (0,) if donate else ()
     if strategy == "pmap":
         # The state is one replicated array a leaf; pmap splits the batch's rows and sums over its axis.
         mapped = jax.pmap(
             step,
             axis_name=PMAP_AXIS,
             in_axes=(None, 0),
-            out_axes=(None, None) if returns_state else None,
+            out_axes=(None, None) if updates else None,
             devices=list(mesh.devices.flat),
         )
         return functools.partial(_call_mapped, mapped, mesh.size)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     compiled = jax.jit(
         step,
-        in_shardings=(state_shardings, batch_sharding(mesh)),
-        out_shardings=(state_shardings, replicated) if returns_state else replicated,
-        donate_argnums=donated,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated) if updates else replicated,
+        donate_argnums=(0,) if updates else (),
     )
     return functools.partial(call_in_mesh, compiled, mesh)
 

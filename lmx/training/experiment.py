@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from rich.console import Console
 
@@ -16,7 +18,7 @@ from lmx.models.transformer import Transformer
 from lmx.objectives import Objective, make_objective
 from lmx.parallel.compile import check_strategy
 from lmx.parallel.mesh import BatchSplit, batch_shards, make_mesh, split_batch
-from lmx.text.corpora import open_source
+from lmx.text.corpora import Source, open_source
 from lmx.text.pipeline import make_batches
 from lmx.text.tokenizers import load_tokenizer, make_tokenizer
 from lmx.training.optimizers import make_optimizer
@@ -30,6 +32,7 @@ class Experiment:
       config: with what was read off the data filled in (``model.vocab_size``, ``data.labels``).
       asked: as it was given.
       split: how the global batch is computed on the mesh.
+      sources: corpora that are open, by what they were asked for as; their tokens are remembered with them.
     """
 
     config: Config
@@ -39,10 +42,24 @@ class Experiment:
     model: Transformer
     mesh: jax.sharding.Mesh
     split: BatchSplit
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
 
-    def optimizer(self, params: Any) -> optax.GradientTransformation:
-        """The optimizer for parameters of these shapes."""
-        return make_optimizer(self.config.optimizer, self.config.train.steps, params)
+    def init_params(self, key: jax.Array) -> Any:
+        """Fresh parameters, boxed with the logical names of their axes."""
+        # A row for each batch shard, so that the activations' sharding constraints can be met.
+        rows = batch_shards(self.mesh)
+        batch = {name: jnp.ones((rows, length), jnp.int32) for name, length in self.objective.lengths.items()}
+        params_key, jitter_key = jax.random.split(key)
+        return self.model.init({"params": params_key, "jitter": jitter_key}, batch)["params"]
+
+    def abstract_params(self) -> Any:
+        """Shapes of all parameters, boxed like :meth:`init_params`; computes nothing."""
+        return jax.eval_shape(self.init_params, jax.random.key(0))
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer for this model's parameters."""
+        shapes = nn.meta.unbox(self.abstract_params())
+        return make_optimizer(self.config.optimizer, self.config.train.steps, shapes)
 
     def train_batches(self) -> Iterator[dict]:
         """This host's part of the training batches, for ever."""
@@ -55,9 +72,10 @@ class Experiment:
         return self._batches(source or self.config.data.eval, -(-rows // shards) * shards, train=False)
 
     def _batches(self, spec: str, rows: int, train: bool) -> Iterator[dict]:
-        source = open_source(spec, record_fields(self.config))
+        if spec not in self.sources:
+            self.sources[spec] = open_source(spec, record_fields(self.config))
         return make_batches(
-            source,
+            self.sources[spec],
             self.tokenizer,
             self.objective,
             self.config,

@@ -6,50 +6,33 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 from rich.console import Console
 
 from lmx.config import Config, Model, layer_period
 from lmx.errors import CheckpointError
 from lmx.models.stack import stack_params, unroll_params
-from lmx.models.transformer import Transformer
-from lmx.objectives import Objective
 from lmx.parallel.compile import call_in_mesh
-from lmx.parallel.mesh import batch_shards
 from lmx.parallel.sharding import like_params, param_shardings
 from lmx.training.checkpoints import Checkpoints
+from lmx.training.experiment import Experiment
 from lmx.training.state import TrainState, init_state
 
 
-def abstract_params(model: Transformer, objective: Objective, rows: int = 1) -> Any:
-    """Shapes of all parameters, boxed with the logical names of their axes; computes nothing."""
-    return jax.eval_shape(lambda: _init(model, objective, rows, jax.random.key(0)))
-
-
-def state_layout(
-    model: Transformer, objective: Objective, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> TrainState:
+def state_layout(experiment: Experiment) -> TrainState:
     """The training state as ``jax.ShapeDtypeStruct`` with the sharding of every leaf."""
-    boxed = abstract_params(model, objective, batch_shards(mesh))
-    shardings = param_shardings(boxed, mesh)
-    params = nn.meta.unbox(boxed)
-    state = jax.eval_shape(lambda p: init_state(p, optimizer), params)
+    boxed, mesh = experiment.abstract_params(), experiment.mesh
+    shardings, params = param_shardings(boxed, mesh), nn.meta.unbox(boxed)
+    state = jax.eval_shape(lambda p: init_state(p, experiment.optimizer()), params)
     placed = like_params(state, params, shardings, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
 
 
 def initial_state(
-    config: Config,
-    model: Transformer,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
-    checkpoints: Checkpoints | None,
-    console: Console,
+    experiment: Experiment, optimizer: optax.GradientTransformation, checkpoints: Checkpoints | None, console: Console
 ) -> tuple[TrainState, dict | None]:
     """The state to start from, on the mesh, and the position in the data (none: the start)."""
-    layout = state_layout(model, objective, optimizer, mesh)
+    config, layout = experiment.config, state_layout(experiment)
 
     # 1. This run's own newest checkpoint.
     if checkpoints is not None and checkpoints.latest_step() is not None:
@@ -57,27 +40,22 @@ def initial_state(
         console.print(f"[bold]resumed[/] at step {meta['step']:,} from {checkpoints.folder}")
         return state, data_state
 
-    def scratch(key):
-        return init_state(nn.meta.unbox(_init(model, objective, batch_shards(mesh), key)), optimizer)
-
     shardings = jax.tree.map(lambda x: x.sharding, layout)
-    state = call_in_mesh(jax.jit(scratch, out_shardings=shardings), mesh, jax.random.key(config.seed))
 
-    # 2. Another run's parameters, heads that don't fit left fresh.
+    def scratch(key: jax.Array) -> TrainState:
+        return init_state(nn.meta.unbox(experiment.init_params(key)), optimizer)
+
+    state = call_in_mesh(jax.jit(scratch, out_shardings=shardings), experiment.mesh, jax.random.key(config.seed))
+
+    # 2. Another run's parameters, with fresh heads where its own don't fit.
     if config.train.init_from:
         params, fresh = _taken_over(config, state.params)
-        reset = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)
-        state = reset(jax.device_put(params, shardings.params))
+        params = jax.device_put(params, shardings.params)
+        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(params)
         console.print(f"[bold]started[/] from {config.train.init_from}; fresh: {', '.join(fresh) or 'nothing'}")
 
     # 3. Scratch.
     return state, None
-
-
-def _init(model: Transformer, objective: Objective, rows: int, key: jax.Array) -> Any:
-    batch = {name: jnp.ones((rows, length), jnp.int32) for name, length in objective.lengths.items()}
-    params_key, jitter_key = jax.random.split(key)
-    return model.init({"params": params_key, "jitter": jitter_key}, batch)["params"]
 
 
 def _taken_over(config: Config, params: Any) -> tuple[Any, list[str]]:

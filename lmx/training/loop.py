@@ -1,12 +1,10 @@
 """The loop: from a config and a workdir to a trained model, whatever interrupts it."""
 
 import dataclasses
-import functools
 import math
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 from rich.console import Console
 
@@ -15,13 +13,13 @@ from lmx.errors import TrainingError
 from lmx.kernels import attention
 from lmx.models.flops import forward_flops
 from lmx.models.heads import num_params
-from lmx.parallel.compile import PMAP_AXIS, compile_step
+from lmx.parallel.compile import axis_name, compile_step
 from lmx.parallel.sharding import put_batch, whole_dimensions
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.experiment import Experiment, build
-from lmx.training.initial import abstract_params, initial_state
-from lmx.training.metrics import MetricsWriter, Throughput, peak_flops, read_metrics
-from lmx.training.optimizers import make_schedule
+from lmx.training.initial import initial_state
+from lmx.training.metrics import MetricsWriter, Throughput, peak_flops
+from lmx.training.optimizers import eval_params, make_schedule
 from lmx.training.progress import Progress
 from lmx.training.report import write_report
 from lmx.training.samples import write_samples
@@ -65,7 +63,7 @@ def train(config: Config, workdir: str | Path, *, console: Console | None = None
     experiment = build(config, workdir, console, devices)
     batches = experiment.train_batches()
     experiment.eval_batches()  # a held-out source that can't be opened is an error now, not at the first evaluation
-    write_config(workdir, experiment.config, config)
+    write_config(workdir, experiment.config, config, num_params(experiment.abstract_params()))
     _print_header(experiment, workdir, console)
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints, Interrupt() as interrupt:
         run = _Run(experiment, workdir, batches, checkpoints, console)
@@ -82,16 +80,16 @@ class _Run:
         config = experiment.config
         self.experiment, self.config, self.workdir = experiment, config, workdir
         self.batches, self.checkpoints, self.console = batches, checkpoints, console
-        optimizer = experiment.optimizer(_shapes(experiment))
-        self.state, data_state = initial_state(
-            config, experiment.model, experiment.objective, optimizer, experiment.mesh, checkpoints, console
-        )
+        optimizer = experiment.optimizer()
+        self.state, data_state = initial_state(experiment, optimizer, checkpoints, console)
         if data_state is not None:
             batches.set_state(data_state)
         self.step = int(self.state.step)
-        self.train_step, self.eval_step = compiled_steps(experiment, optimizer, self.state)
+        self.train_step = compiled_train_step(experiment, optimizer, self.state)
+        self.eval_step = compiled_eval_step(experiment, jax.tree.map(lambda x: x.sharding, self.state.params))
         self.writer = MetricsWriter(workdir, resume_step=self.step)
-        self.eval_losses = [line["eval/loss"] for line in read_metrics(workdir) if "eval/loss" in line]
+        self.eval_losses = [line["eval/loss"] for line in self.writer.resumed if "eval/loss" in line]
+        self.latest = {name: value for line in self.writer.resumed for name, value in line.items() if name != "step"}
         self.pending: list[dict] = []  # metrics of the steps since the last line, still on the device
         self.throughput = throughput(experiment)
 
@@ -103,7 +101,7 @@ class _Run:
             return "complete"
         with Progress(self.console, train.steps, self.step) as progress:
             if self.step == 0:  # what an untrained model scores, for the curve to start from
-                self.writer.write(0, self._evaluate(progress))
+                self._write(self._evaluate(progress))
             while True:
                 self._advance()
                 done = self.step >= train.steps or interrupt.signal is not None
@@ -111,11 +109,11 @@ class _Run:
                 metrics = {}
                 if self.step % train.log_every == 0 or evaluating or done:
                     metrics = self._fetch()
-                progress.update(self.step, metrics)
+                progress.update(self.step, metrics or None)
                 if evaluating:
                     metrics |= self._evaluate(progress)
                 if metrics:
-                    self.writer.write(self.step, metrics)
+                    self._write(metrics)
                 converged = has_converged(self.eval_losses, train.early_stop_evals, train.early_stop_delta)
                 if self.step % train.checkpoint_every == 0 or done or converged:
                     self._save(metrics)
@@ -127,14 +125,12 @@ class _Run:
     def finish(self, ended: str) -> Result:
         """Waits for what is being written, and says where everything is."""
         self.checkpoints.wait()
-        lines = read_metrics(self.workdir)
-        metrics = {name: value for line in lines for name, value in line.items() if name != "step"}
         if jax.process_index() == 0:
             report = write_report(self.workdir)
             self.console.print(f"[bold]{ended}[/] at step {self.step:,}; report: {report}")
         if ended.startswith("SIG"):
             self.console.print("Everything up to this step is saved; run the same command again to go on.")
-        return Result(self.step, metrics, ended)
+        return Result(self.step, self.latest, ended)
 
     def _advance(self) -> None:
         """One step; returns as soon as the device has it to do."""
@@ -153,9 +149,13 @@ class _Run:
                 raise self._diverged(step, broken)
         return {f"train/{name}": value for name, value in means(fetched).items()} | self.throughput.read()
 
+    def _write(self, metrics: dict[str, float]) -> None:
+        self.writer.write(self.step, metrics)
+        self.latest |= metrics
+
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         self.throughput.pause()
-        metrics = evaluate(self.experiment, self.eval_step, self.state)
+        metrics = evaluate(self.experiment, self.eval_step, eval_params(self.state))
         self.eval_losses.append(metrics["eval/loss"])
         progress.evaluated(self.step, metrics)
         write_samples(self.workdir, self.step, self.experiment, self.state)
@@ -182,13 +182,19 @@ class _Run:
         )
 
 
-def evaluate(experiment: Experiment, eval_step: Any, state: TrainState, source: str | None = None) -> dict[str, float]:
-    """Means over the held-out data, each row once: ``eval/loss`` (nats) and the objective's other terms."""
+def evaluate(experiment: Experiment, eval_step: Any, params: Any, source: str | None = None) -> dict[str, float]:
+    """Means over the held-out data, each row once: ``eval/loss`` (nats) and the objective's other terms.
+
+    Args:
+      eval_step: of :func:`compiled_eval_step`.
+      params: the parameters to score, on the mesh.
+      source: other data than the config's ``data.eval``.
+    """
     terms, limit = [], experiment.config.eval.max_batches
     for index, batch in enumerate(experiment.eval_batches(source)):
         if limit and index == limit:
             break
-        terms.append(eval_step(state, put_batch(batch, experiment.mesh)))
+        terms.append(eval_step(params, put_batch(batch, experiment.mesh)))
     return {f"eval/{name}": value for name, value in means(jax.device_get(terms)).items()}
 
 
@@ -198,23 +204,27 @@ def means(metrics: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
     return {name: total / weight if weight else 0.0 for name, (total, weight) in sums.items()}
 
 
-def compiled_steps(experiment: Experiment, optimizer: Any, state: TrainState) -> tuple[Any, Any]:
-    """The train step and the evaluation step, compiled by ``train.strategy`` for the state's layout."""
+def compiled_train_step(experiment: Experiment, optimizer: Any, state: TrainState) -> Any:
+    """The train step, compiled by ``train.strategy`` for the layout of ``state``."""
     config, mesh = experiment.config, experiment.mesh
-    axis_name = PMAP_AXIS if config.train.strategy == "pmap" else None
-    train_step = make_train_step(
+    step = make_train_step(
         experiment.model,
         experiment.objective,
         optimizer,
         make_schedule(config.optimizer, config.train.steps),
         microbatches=experiment.split.microbatches,
         seed=config.seed,
-        axis_name=axis_name,
+        axis_name=axis_name(config.train.strategy),
     )
-    eval_step = make_eval_step(experiment.model, experiment.objective, axis_name)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    compile_for = functools.partial(compile_step, strategy=config.train.strategy, mesh=mesh, state_shardings=shardings)
-    return compile_for(train_step, donate=True), compile_for(eval_step, returns_state=False)
+    return compile_step(step, config.train.strategy, mesh, shardings, updates=True)
+
+
+def compiled_eval_step(experiment: Experiment, shardings: Any) -> Any:
+    """The evaluation step, compiled by ``train.strategy`` for parameters that lie by ``shardings``."""
+    strategy = experiment.config.train.strategy
+    step = make_eval_step(experiment.model, experiment.objective, axis_name(strategy))
+    return compile_step(step, strategy, experiment.mesh, shardings, updates=False)
 
 
 def throughput(experiment: Experiment) -> Throughput:
@@ -226,14 +236,10 @@ def throughput(experiment: Experiment) -> Throughput:
     return Throughput(flops_per_token, None if peak is None else peak * mesh.size)
 
 
-def _shapes(experiment: Experiment) -> Any:
-    return nn.meta.unbox(abstract_params(experiment.model, experiment.objective))
-
-
 def _print_header(experiment: Experiment, workdir: Path, console: Console) -> None:
     """What is about to run, and how: nothing is chosen silently."""
     config, mesh = experiment.config, experiment.mesh
-    boxed = abstract_params(experiment.model, experiment.objective)
+    boxed = experiment.abstract_params()
     device = mesh.devices.flat[0]
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     lines = {

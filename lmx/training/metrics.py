@@ -168,7 +168,7 @@ def _line(values: Mapping[str, float]) -> str:
 def _tensorboard(folder: Path, resume_step: int) -> Any:
     """A TensorBoard writer, or None with one notice where the package is missing."""
     if importlib.util.find_spec("tensorboardX") is None:
-        print("No TensorBoard files: the package tensorboardX is not installed (pip install 'lmx[tensorboard]').")
+        print("No TensorBoard files: the package tensorboardX is not installed (pip install tensorboardX).")
         return None
     from tensorboardX import SummaryWriter
 

@@ -14,7 +14,6 @@ import optax
 from jaxtyping import Array, Float
 
 from lmx.objectives import Batch, Objective
-from lmx.training.optimizers import eval_params
 from lmx.training.state import TrainState, step_rngs
 
 Metrics = dict[str, tuple[Array, Array]]
@@ -79,11 +78,13 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model: nn.Module, objective: Objective, axis_name: str | None = None):
-    """Builds ``eval_step(state, batch) -> terms``: no dropout, no smoothing, averaged parameters where kept."""
+def make_eval_step(
+    model: nn.Module, objective: Objective, axis_name: str | None = None
+) -> Callable[[Any, Batch], Metrics]:
+    """Builds ``eval_step(params, batch) -> terms``, without dropout and label smoothing."""
 
-    def eval_step(state: TrainState, batch: Batch) -> Metrics:
-        terms = loss_terms(model, objective, eval_params(state), batch, None)
+    def eval_step(params: Any, batch: Batch) -> Metrics:
+        terms = loss_terms(model, objective, params, batch, None)
         return jax.lax.psum(terms, axis_name) if axis_name else terms
 
     return eval_step
@@ -101,7 +102,7 @@ def loss_terms(
 
 def expert_terms(sown: Mapping[str, Any], batch: Batch) -> Metrics:
     """What Switch layers sowed, summed over layers and rows; ``dropped`` is the mean over sparse layers."""
-    by_name: dict[str, list[Float[Array, "..."]]] = {}
+    by_name: dict[str, list[Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(sown):
         by_name.setdefault(path[-1].key, []).append(leaf.reshape(-1, leaf.shape[-1]))
     rows = real_rows(batch)

@@ -48,12 +48,13 @@ def read_config(workdir: str | os.PathLike) -> Config:
     return from_dict(_read(workdir)["config"])
 
 
-def write_config(workdir: str | os.PathLike, config: Config, asked: Config) -> None:
+def write_config(workdir: str | os.PathLike, config: Config, asked: Config, num_parameters: int) -> None:
     """Writes ``config.json``: the config with all sizes resolved, as it was asked for, versions and the device."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     contents = {
         "config": to_dict(config),
         "asked": to_dict(asked),
+        "num_parameters": num_parameters,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),

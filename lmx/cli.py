@@ -1,0 +1,187 @@
+"""The command line: parses, calls one function, prints. Errors are one paragraph and exit status 2."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lmx.errors import LmxError
+
+DESCRIPTION = "lmx: language models in JAX, from a config to a checkpoint, a report and an answer."
+EXAMPLES = """examples:
+  lmx train --config experiments/quickstart.py --workdir runs/quickstart
+  lmx train --config experiments/gpt2.py:124m --workdir runs/gpt2 --config.train.steps=1000
+  lmx generate --workdir runs/quickstart --prompt "The statement" --temperature 0.8
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status (0 done, 2 bad input, 128 + signal when stopped by one)."""
+    parser = _parser()
+    args, overrides = parser.parse_known_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    console = Console()
+    try:
+        if overrides and not hasattr(args, "config"):
+            raise LmxError(f"unknown argument {overrides[0]!r}; see `lmx {args.command} --help`.")
+        return args.run(args, overrides, console) or 0
+    except LmxError as error:
+        if args.debug:
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("lmx", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=formatter)
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, run, summary: str, **options) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=formatter, allow_abbrev=False, **options
+        )
+        sub.set_defaults(run=run, command=name)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    overrides = "Any field is set by --config.SECTION.FIELD=VALUE; `lmx train --help-config` lists them all."
+    train = command("train", _train, "Train a config, or go on with the run that the workdir holds.", epilog=overrides)
+    train.add_argument("--config", metavar="FILE[:VARIANT]", help="experiment file, such as experiments/gpt2.py:124m")
+    train.add_argument("--workdir", metavar="DIR", help="where the run is kept; made if it is not there")
+    train.add_argument("--help-config", action="store_true", help="list every field of a config and what it means")
+
+    evaluate = command("eval", _eval, "Score a trained model on held-out data.")
+    evaluate.add_argument("--workdir", required=True, metavar="DIR", help="a training run")
+    evaluate.add_argument("--data", metavar="SOURCE", help="another source than the config's data.eval")
+    evaluate.add_argument("--task", default="held_out", metavar="NAME", help="what to score (held_out)")
+    evaluate.add_argument("--json", metavar="FILE", help="also write the scores here")
+
+    generate = command("generate", _generate, "Continue a prompt, or answer it with an encoder-decoder.")
+    generate.add_argument("--workdir", required=True, metavar="DIR", help="a training run or an exported folder")
+    generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="most new tokens (128)")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens")
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that hold P"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws")
+
+    predict = command("predict", _predict, "Classify texts with a fine-tuned model.")
+    predict.add_argument("--workdir", required=True, metavar="DIR", help="a training run or an exported folder")
+    predict.add_argument("--text", action="append", required=True, metavar="TEXT", help="may be given several times")
+    predict.add_argument("--pair", action="append", metavar="TEXT", help="the second text of each pair")
+
+    tokenizer = command("tokenizer", _tokenizer, "Train a SentencePiece tokenizer.")
+    tokenizer.add_argument("--data", required=True, metavar="SOURCE", help="such as text:books/*.txt")
+    tokenizer.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
+    tokenizer.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="special pieces included (32000)")
+    tokenizer.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
+    tokenizer.add_argument("--num-sentinels", type=int, default=0, metavar="N", help="T5's <extra_id_0> … (0)")
+    tokenizer.add_argument("--field", default="text", metavar="NAME", help="field of the records that holds the text")
+    tokenizer.add_argument("--lowercase", action="store_true", help="lower-case the text first")
+    tokenizer.add_argument("--no-byte-fallback", action="store_true", help="unknown characters become <unk>")
+    return parser
+
+
+def _train(args: argparse.Namespace, overrides: list[str], console: Console) -> int:
+    from lmx.config_files import describe_fields, read_config_file
+
+    if args.help_config:
+        console.print(describe_fields(), highlight=False, markup=False)
+        return 0
+    for name in ("config", "workdir"):
+        if getattr(args, name) is None:
+            raise LmxError(f"lmx train needs --{name}; see `lmx train --help`.")
+    config = read_config_file(args.config, overrides)
+    from lmx.training.loop import train
+
+    _use_compilation_cache()
+    result = train(config, args.workdir, console=console)
+    return 128 + signal.Signals[result.ended] if result.ended.startswith("SIG") else 0
+
+
+def _eval(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    from lmx.evaluation.held_out import evaluate_workdir
+
+    _use_compilation_cache()
+    scores = evaluate_workdir(args.workdir, source=args.data, task=args.task, console=console)
+    for name, value in scores.items():
+        console.print(f"{name} = {value:.6g}", highlight=False)
+    if args.json:
+        rows = [{"name": name, "value": value, "unit": ""} for name, value in scores.items()]
+        Path(args.json).write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def _generate(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    import lmx
+
+    _use_compilation_cache()
+    settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    model = lmx.load(args.workdir)
+    texts = model.generate(args.prompt, **settings)
+    for prompt, text in zip(args.prompt, texts, strict=True):
+        continued = prompt if model.config.model.architecture == "decoder" else ""
+        console.print(continued + text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _predict(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    import lmx
+
+    if args.pair and len(args.pair) != len(args.text):
+        raise LmxError(f"--text was given {len(args.text)} times and --pair {len(args.pair)}; give one for the other.")
+    texts = list(zip(args.text, args.pair, strict=True)) if args.pair else args.text
+    for text, prediction in zip(texts, lmx.load(args.workdir).predict(texts), strict=True):
+        console.print(json.dumps({"text": text, **prediction}, ensure_ascii=False), highlight=False, markup=False)
+
+
+def _tokenizer(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    from lmx.config import Tokenizer
+    from lmx.schema import check_section
+    from lmx.text.corpora import open_source
+    from lmx.text.tokenizers import make_tokenizer
+
+    settings = Tokenizer(
+        kind="sentencepiece",
+        vocab_size=args.vocab_size,
+        model_type=args.model_type,
+        num_sentinels=args.num_sentinels,
+        byte_fallback=not args.no_byte_fallback,
+        lowercase=args.lowercase,
+    )
+    check_section(settings, "tokenizer.")
+    source = open_source(args.data, (args.field,))
+    tokenizer = make_tokenizer(settings, lambda: (source[i][args.field] for i in range(len(source))))
+    tokenizer.save(args.output)
+    console.print(f"{tokenizer.vocab_size:,} pieces in {Path(args.output).resolve()}", highlight=False)
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs between commands, where JAX is not told otherwise."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "lmx" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Installs lmx. The core runs on a CPU with nothing else; each extra adds what its name says."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TFDS = ["tensorflow-datasets>=4.9.9", "importlib_resources", "array_record>=0.8"]
+HF = ["tokenizers>=0.21", "safetensors>=0.5"]
+NOTEBOOKS = ["matplotlib>=3.9", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "beartype>=0.19", "ruff>=0.9", "import-linter>=2.1"]
+
+setup(
+    name="lmx",
+    version="0.1.0",
+    description="One Transformer in JAX: the textbook of language models as running, scalable code",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["lmx", "lmx.*"]),
+    install_requires=[
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "ml_collections>=1.1.0",
+        "sentencepiece>=0.2.2",
+        "absl-py>=2.1",
+        "jaxtyping>=0.3",
+        "numpy>=2.0",
+        "rich>=13.9",
+        "tensorboardX>=2.6.2",
+    ],
+    extras_require={
+        "tfds": TFDS,
+        "hf": HF,
+        "notebooks": NOTEBOOKS,
+        "test": TEST + TFDS + HF + NOTEBOOKS,
+        "bench": ["torch==2.13.0", "transformers>=5.17"],
+        "plan": ["libtpu; python_version>='3.12' and platform_system=='Linux'"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.34"],
+        "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    },
+    entry_points={"console_scripts": ["lmx = lmx.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,174 @@
+"""The one step gives the same numbers however it is compiled, split or laid out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lmx.config import Config, Data, Experts, Mesh, Model, Objective, Optimizer, Train
+from lmx.models.transformer import Transformer
+from lmx.objectives import make_objective
+from lmx.parallel.compile import call_in_mesh
+from lmx.parallel.mesh import make_mesh, split_batch
+from lmx.parallel.sharding import put_batch
+from lmx.training.experiment import Experiment
+from lmx.training.initial import initial_state, state_layout
+from lmx.training.loop import compiled_eval_step, compiled_train_step
+from lmx.training.optimizers import make_schedule
+from lmx.training.step import make_train_step
+
+ROWS, LENGTH, STEPS = 8, 16, 3
+
+
+@dataclasses.dataclass
+class Ids:
+    """The part of a tokenizer that objectives ask for."""
+
+    vocab_size: int = 32
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    unk_id: int = 3
+    mask_id: int = 4
+    cls_id: int = 1
+    sep_id: int = 2
+    sentinel_ids: tuple = ()
+    special_ids: frozenset = frozenset(range(5))
+
+
+def make_config(architecture="decoder", **model):
+    objective = {"decoder": "causal", "encoder": "mlm", "encoder_decoder": "seq2seq"}[architecture]
+    heads = ("mlm",) if architecture == "encoder" else ("lm",)
+    settings = dict(num_layers=2, num_heads=4, embed_dim=32, mlp_dim=64, vocab_size=32, max_length=LENGTH)
+    return Config(
+        model=Model(architecture=architecture, heads=heads, **(settings | model)),
+        objective=Objective(name=objective),
+        data=Data(length=LENGTH, target_length=LENGTH),
+        train=Train(steps=STEPS, global_batch_size=ROWS),
+        optimizer=Optimizer(learning_rate=1e-2, warmup_steps=1),
+    )
+
+
+def make_batch(config, seed=0):
+    """Rows of unequal length, so that a mean of means would be wrong; two documents in each."""
+    rng = np.random.default_rng(seed)
+    lengths = np.linspace(LENGTH, 3, ROWS).astype(int)
+    filled = np.arange(LENGTH) < lengths[:, None]
+    segments = np.where(filled, 1 + (np.arange(LENGTH) >= lengths[:, None] // 2), 0)
+    batch = {}
+    for prefix in ("encoder_", "decoder_") if config.model.architecture == "encoder_decoder" else ("",):
+        batch |= {
+            f"{prefix}tokens": rng.integers(5, 32, (ROWS, LENGTH)) * filled,
+            f"{prefix}targets": rng.integers(5, 32, (ROWS, LENGTH)) * filled,
+            f"{prefix}segments": segments,
+            f"{prefix}positions": np.broadcast_to(np.arange(LENGTH), (ROWS, LENGTH)),
+        }
+        batch = {name: array.astype(np.int32) for name, array in batch.items()}
+        weights = filled & (rng.random(filled.shape) < 0.15) if config.objective.name == "mlm" else filled
+        batch[f"{prefix}weights"] = weights.astype(np.float32)
+    return batch
+
+
+def run(config, mesh_config=None, devices=1, strategy="pjit", **train):
+    """Parameters and metrics after a few steps."""
+    config = config.replace(train=train | {"strategy": strategy})
+    mesh = make_mesh(mesh_config or Mesh(), jax.devices()[:devices])
+    experiment = make_experiment(config, mesh)
+    optimizer = experiment.optimizer()
+    state, _ = initial_state(experiment, optimizer, None, Console(quiet=True))
+    train_step = compiled_train_step(experiment, optimizer, state)
+    eval_step = compiled_eval_step(experiment, jax.tree.map(lambda x: x.sharding, state.params))
+    history = []
+    for seed in range(STEPS):
+        state, metrics = train_step(state, put_batch(make_batch(config, seed), mesh))
+        history.append(jax.device_get(metrics))
+    history.append(jax.device_get(eval_step(state.params, put_batch(make_batch(config), mesh))))
+    return jax.device_get(state.params), history
+
+
+def make_experiment(config, mesh):
+    objective, split = make_objective(config, Ids()), split_batch(config.train, mesh)
+    return Experiment(config, config, Ids(), objective, Transformer(config.model), mesh, split)
+
+
+def assert_same(found, expected):
+    (params, history), (params_expected, history_expected) = found, expected
+    for a, b in zip(jax.tree.leaves(history), jax.tree.leaves(history_expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    # Adam divides by the root of squared gradients: where those are rounding noise, so is the direction.
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(params_expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4)
+
+
+ARCHITECTURES = {
+    "decoder": make_config(),
+    "encoder": make_config("encoder"),
+    "encoder_decoder": make_config("encoder_decoder"),
+    "switch": make_config(experts=Experts(num_experts=4, jitter=0.0, capacity_factor=1.0, z_loss_weight=0.1)),
+}
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 4])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_any_split_into_microbatches_equals_the_whole_batch(name, rows_at_once):
+    config = ARCHITECTURES[name]
+    assert_same(run(config, max_rows_per_device=rows_at_once), run(config))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4), (1, 2, 4), (4, 2, 1), (1, 4, 2)])
+def test_eight_devices_in_any_split_equal_one(sizes):
+    config = ARCHITECTURES["decoder"]
+    assert_same(run(config, Mesh(*sizes), devices=8), run(config))
+
+
+@pytest.mark.parametrize("name", ["encoder", "encoder_decoder", "switch"])
+def test_every_architecture_on_a_mesh_of_all_axes_equals_one_device(name):
+    assert_same(run(ARCHITECTURES[name], Mesh(2, 2, 2), devices=8), run(ARCHITECTURES[name]))
+
+
+def test_micro_batches_on_a_mesh_equal_one_device():
+    config = ARCHITECTURES["decoder"]
+    assert_same(run(config, Mesh(2, 2, 2), devices=8, max_rows_per_device=1), run(config))
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("jit", 1), ("pmap", 1), ("pmap", 8)])
+def test_every_strategy_gives_the_same_numbers(strategy, devices):
+    config = ARCHITECTURES["decoder"]
+    assert_same(run(config, devices=devices, strategy=strategy), run(config))
+
+
+def test_dropout_does_not_depend_on_the_mesh():
+    config = make_config(dropout=0.2, attention_dropout=0.2)
+    found, expected = run(config, Mesh(2, 2, 2), devices=8), run(config)
+    assert_same(found, expected)
+    loss = [history[0]["loss"][0] for _, history in (found, run(ARCHITECTURES["decoder"]))]
+    assert abs(loss[0] - loss[1]) > 1e-2  # and it does something
+
+
+def test_the_loss_is_the_mean_over_tokens_not_over_rows():
+    config = ARCHITECTURES["decoder"]
+    params, history = run(config)
+    model, batch = Transformer(config.model), make_batch(config)
+    logits = model.apply({"params": params}, batch)["lm_logits"]
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
+    total, weight = history[-1]["loss"]
+    np.testing.assert_allclose(total / weight, (nll * batch["weights"]).sum() / batch["weights"].sum(), rtol=1e-5)
+
+
+def test_constraints_and_shardings_reach_the_program():
+    config = ARCHITECTURES["decoder"]
+    mesh = make_mesh(Mesh(2, 2, 2), jax.devices())
+    experiment = make_experiment(config, mesh)
+    schedule = make_schedule(config.optimizer, STEPS)
+    step = make_train_step(experiment.model, experiment.objective, experiment.optimizer(), schedule)
+    layout = state_layout(experiment)
+    batch = put_batch(make_batch(config), mesh)
+    text = call_in_mesh(lambda: jax.jit(step).lower(layout, batch).as_text(), mesh)
+    assert text.count("sdy.sharding_constraint") >= 4
+    query = layout.params["decoder"]["layers"]["block_0"]["attention"]["query"]["kernel"]
+    assert query.sharding.spec == jax.P(None, ("fsdp",), ("tensor",), None)
+    moments = [x for x in jax.tree.leaves(layout.opt_state) if x.shape == query.shape]
+    assert len(moments) == 2 and all(x.sharding == query.sharding for x in moments)
