@@ -2,14 +2,15 @@
 
 A source string names where the records come from, and optionally which of them:
 
-======================  ============================================================================================
+=========================  =========================================================================================
 ``builtin:python_manual``  Python's own reference manual, 79 topics of real English: ``{"text"}``
-``builtin:copy``        100,000 random lower-case words to write out again: ``{"source", "target"}``
-``builtin:reverse``     the same, to write backwards
-``text:PATH``           a file, a folder (read recursively) or a glob; a record a file: ``{"text"}``
-``jsonl:FILE``          a JSON object a line, with the fields it has
-``tfds:NAME[@SPLIT]``   a TensorFlow Datasets split (``train`` if none is named): ``tfds:tiny_shakespeare@validation``
-======================  ============================================================================================
+``builtin:copy``           100,000 random lower-case words to write out again: ``{"source", "target"}``
+``builtin:reverse``        the same, to write backwards
+``text:PATH``              a file, a folder (read recursively) or a glob; a record a file: ``{"text"}``
+``jsonl:FILE``             a JSON object a line, with the fields it has
+``tfds:NAME[@SPLIT]``      a split of TensorFlow Datasets (``train`` if none is named), downloaded if it must be;
+                           NAME may have a config and a version: ``tfds:tiny_shakespeare@validation``
+=========================  =========================================================================================
 
 Files may be compressed (``.gz``, ``.xz``). A slice as in TFDS may follow: ``[:90%]``, ``[90%:]``, ``[100:200]``,
 ``[:-5]``. It counts characters over the concatenated files for ``text:``, records otherwise; ``[:90%]`` and
@@ -17,7 +18,6 @@ Files may be compressed (``.gz``, ``.xz``). A slice as in TFDS may follow: ``[:9
 ``0.7*SOURCE + 0.3*SOURCE``, with spaces about the plus.
 """
 
-import abc
 import bisect
 import itertools
 import math
@@ -36,18 +36,12 @@ _READERS = {
 }
 
 
-class Source(abc.ABC):
+class Source(Sequence[Record]):
     """Records by index. ``sources`` and ``weights`` (which sum to 1) are what training mixes."""
 
     spec: str
     sources: tuple["Source", ...]
     weights: tuple[float, ...]
-
-    @abc.abstractmethod
-    def __len__(self) -> int: ...
-
-    @abc.abstractmethod
-    def __getitem__(self, index: int) -> Record: ...
 
 
 class Records(Source):

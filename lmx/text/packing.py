@@ -3,7 +3,7 @@
 import dataclasses
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -58,7 +58,7 @@ class TokenStore:
       offsets: where each begins, and where the last one ends.
     """
 
-    def __init__(self, tokens: Int32[np.ndarray, " tokens"], offsets: Int64[np.ndarray, " documents+1"]):
+    def __init__(self, tokens: Int32[np.ndarray, " tokens"], offsets: Int64[np.ndarray, " boundaries"]):
         self.tokens, self.offsets = tokens, offsets
 
     @classmethod
@@ -198,7 +198,7 @@ def _row(parts: Sequence[np.ndarray]) -> Row:
     }
 
 
-def _groups(source: Source, field: str):
+def _groups(source: Source, field: str) -> Iterator[list[str]]:
     """The texts in lists of about a million characters, which tokenizers take faster than one by one."""
     texts, characters = [], 0
     for index in range(len(source)):

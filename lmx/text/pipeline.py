@@ -68,34 +68,49 @@ def make_batches(
 
     examples = _Examples.of(source, tokenizer, objective, config, seed)
     layout = _Layout.of(examples((0, 0, 0)), objective.lengths)
-    packing = objective.packable and config.data.packing
-    if train:
-        places = _endless_places(grain, examples.counts, source.weights, config.data.shuffle, seed)
-    else:
-        fill = 0 if packing else -sum(examples.counts) % (batch_size * process_count)
-        places = grain.MapDataset.range(sum(examples.counts) + fill).map(_InOrder(examples.counts))
-    stream = places.map(examples)
-    if not packing:
-        batches = stream.batch(batch_size, batch_fn=layout.stack)[process_index::process_count]
-        batches = FromIndex(batches, config.data.num_workers, read_ahead=BATCHES_AHEAD)
-        return ClosedAtExit(iter(batches))
+    num_workers, packing = config.data.num_workers, objective.packable and config.data.packing
     rows = batch_size * process_count
-    contents = {name: length for name, length in layout.lengths.items() if not name.endswith(("segments", "positions"))}
-    packed = grain.experimental.FirstFitPackIterDataset(
-        FromIndex(stream, config.data.num_workers, read_ahead=0),
-        length_struct=contents,
-        num_packing_bins=rows,  # a round of packing is a batch
-        shuffle_bins=False,
-    ).map(_with_grains_segments)
-    take = _HostRows(layout, process_index * batch_size, (process_index + 1) * batch_size, rows)
-    batches = packed.batch(rows, batch_fn=take)
     if train:
-        batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD)
+        places = _endless_places(examples.counts, source.weights, config.data.shuffle, seed)
+    else:
+        num_examples = sum(examples.counts)
+        fill = 0 if packing else -num_examples % rows
+        places = grain.MapDataset.range(num_examples + fill).map(_InOrder(examples.counts))
+    stream = places.map(examples)
+    if packing:
+        batches = _packed(FromIndex(stream, num_workers, read_ahead=0), layout, rows, process_index, process_count)
+        if train:
+            batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD)
+    else:
+        batches = stream.batch(batch_size, batch_fn=layout.stack)[process_index::process_count]
+        batches = FromIndex(batches, num_workers, read_ahead=BATCHES_AHEAD)
     return ClosedAtExit(iter(batches))
 
 
-def _endless_places(grain: Any, counts: Sequence[int], weights: Sequence[float], shuffle: bool, seed: int):
+def _packed(
+    examples: "grain.IterDataset", layout: "_Layout", rows: int, process_index: int, process_count: int
+) -> "grain.IterDataset":
+    """This host's part of batches of ``rows`` rows, each with as many examples as first-fit finds room for."""
+    import grain
+
+    contents = {name: length for name, length in layout.lengths.items() if not name.endswith(("segments", "positions"))}
+    packed = grain.experimental.FirstFitPackIterDataset(
+        examples,
+        length_struct=contents,
+        num_packing_bins=rows,  # a round of packing is a batch
+        shuffle_bins=False,
+    )
+    share = rows // process_count
+    own = _HostRows(layout, process_index * share, (process_index + 1) * share, rows)
+    return packed.map(_with_grains_segments).batch(rows, batch_fn=own)
+
+
+def _endless_places(
+    counts: Sequence[int], weights: Sequence[float], shuffle: bool, seed: int
+) -> "grain.MapDataset[Place]":
     """The places of all training rows: each source in a fresh order each epoch, mixed by weight."""
+    import grain
+
     parts = []
     for part, count in enumerate(counts):
         rows = grain.MapDataset.range(count)

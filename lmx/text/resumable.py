@@ -18,10 +18,12 @@ class FromIndex(grain.IterDataset):
     """
 
     def __init__(self, dataset: grain.MapDataset, num_workers: int, read_ahead: int):
-        """Args:
-        dataset: what to iterate.
-        num_workers: processes that make the elements; 0: this one.
-        read_ahead: elements that a thread makes before they are asked for; 0: none, and no thread.
+        """Nothing is read before the first element is asked for.
+
+        Args:
+          dataset: what to iterate.
+          num_workers: processes that make the elements; 0: this one.
+          read_ahead: elements that a thread makes before they are asked for; 0: none, and no thread.
         """
         super().__init__()
         self._dataset, self._num_workers, self._read_ahead = dataset, num_workers, read_ahead

@@ -29,11 +29,16 @@ class SentencePieceTokenizer(Tokenizer):
     kind = "sentencepiece"
 
     def __init__(self, model: bytes, num_sentinels: int = 0, lowercase: bool = False):
-        """Args:
-        model: a serialized SentencePiece model.
-        num_sentinels: sentinels wanted; the model's own ``<extra_id_…>`` pieces, or, where it has none, ids above
-          its pieces in the order of T5's published vocabulary (``<extra_id_0>`` last).
-        lowercase: lower-case text first.
+        """Opens a model.
+
+        Args:
+          model: a serialized SentencePiece model.
+          num_sentinels: sentinels wanted; the model's own ``<extra_id_…>`` pieces, or, where it has none, ids above
+            its pieces in the order of T5's published vocabulary (``<extra_id_0>`` last).
+          lowercase: lower-case text first.
+
+        Raises:
+          DataError: the bytes are no SentencePiece model.
         """
         from sentencepiece import SentencePieceProcessor
 
@@ -152,9 +157,15 @@ class FileTokenizer(Tokenizer):
     }
 
     def __init__(self, serialized: str, num_sentinels: int = 0):
-        """Args:
-        serialized: the content of a ``tokenizer.json``.
-        num_sentinels: sentinels to add above the vocabulary where it has no ``<extra_id_…>`` of its own.
+        """Opens a tokenizer.
+
+        Args:
+          serialized: the content of a ``tokenizer.json``.
+          num_sentinels: sentinels to add above the vocabulary where it has no ``<extra_id_…>`` of its own.
+
+        Raises:
+          DataError: the text is no ``tokenizer.json``.
+          LmxError: the package tokenizers is not installed.
         """
         tokenizers = _library()
         try:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -54,11 +54,11 @@ class Tokenizer(abc.ABC):
         """The ids of several texts, equal to :meth:`encode` of each and faster where the library below is."""
         return self._encode_batch([text.lower() for text in texts] if self.lowercase else texts)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of ids, without special tokens."""
         return self._decode([int(i) for i in ids if int(i) not in self.special_ids])
 
-    def word_starts(self, ids: Sequence[int]) -> Bool[np.ndarray, " tokens"]:
+    def word_starts(self, ids: Sequence[SupportsIndex] | np.ndarray) -> Bool[np.ndarray, " tokens"]:
         """True where a new word begins, so that ``cumsum`` numbers the words (whole-word masking).
 
         A word is a run of letters, digits and underscores; every other character and every special token is one by
@@ -222,7 +222,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
             return kinds[kind].load(Path(folder), **description)
     except FileNotFoundError as error:
         raise DataError(f"{folder} is no tokenizer of lmx: there is no {error.filename}.") from None
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is damaged: {error!r}. Save the tokenizer again.") from error

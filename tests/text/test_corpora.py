@@ -92,7 +92,7 @@ def test_two_complementary_slices_are_the_whole(numbers, percent):
         ("text:*.txt[:11]", r"\[:11\] reaches beyond the 10 characters"),
         ("text:*.txt[:101%]", r"slice \[:101%\] cannot be read"),
         ("text:*.txt[3:3]", r"\[3:3\] of .* is empty: it has 10 characters"),
-        ("builtin:python_manual[:0.1%]", r"is empty: it has 79 records"),
+        ("builtin:python_manual[:0.1%]", r"is empty: it has \d+ records"),
         ("txet:a.txt", r"no kind 'txet'.*did you mean 'text'"),
         ("a.txt", r"a source is builtin:NAME, text:PATH"),
         ("builtin:python_manua", r"did you mean 'python_manual'"),
@@ -183,7 +183,7 @@ def test_the_manual_is_every_topic_once_in_mixed_order():
     found = texts("builtin:python_manual")
     assert sorted(found) == sorted(topics.values())
     assert found != [topics[name] for name in sorted(topics)]
-    assert texts("builtin:python_manual[90%:]") == found[71:]
+    assert texts("builtin:python_manual[90%:]") == found[round(0.9 * len(found)) :]
 
 
 def test_synthetic_words_follow_from_their_index():

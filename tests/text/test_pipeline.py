@@ -62,7 +62,7 @@ PAIRS = ("source", "target")
 STREAMS = {
     "rows": lambda **options: batches(documents(10), Rows(), **options),
     "mixture": lambda **options: batches(
-        Mixture("both", [documents(10), documents(6, start=50)], [3, 1]), Rows(), **options
+        Mixture("both", [documents(10), documents(6, start=50)], [3.0, 1.0]), Rows(), **options
     ),
     "packed": lambda **options: batches(open_source("builtin:copy[:40]", PAIRS), Pairs(), **options),
     "unpacked": lambda **options: batches(open_source("builtin:copy[:40]", PAIRS), Pairs(), packing=False, **options),
@@ -176,7 +176,7 @@ def test_every_host_has_as_many_evaluation_batches(name):
 
 
 def test_a_mixture_trains_by_weight_and_evaluates_in_order():
-    mixture = Mixture("both", [documents(10), documents(6, start=50)], [3, 1])
+    mixture = Mixture("both", [documents(10), documents(6, start=50)], [3.0, 1.0])
     ids = row_ids(take(batches(mixture, Rows(), batch_size=40), 3))
     assert sum(i < 50 for i in ids) == 90
     assert {i for i in ids} == {*range(10), *range(50, 56)}
@@ -185,7 +185,7 @@ def test_a_mixture_trains_by_weight_and_evaluates_in_order():
 
 
 def test_samples_come_from_the_rows_own_source():
-    mixture = Mixture("both", [documents(10), documents(6, start=50)], [1, 1])
+    mixture = Mixture("both", [documents(10), documents(6, start=50)], [1.0, 1.0])
     for batch in take(batches(mixture, Rows(), batch_size=8), 5):
         rows, samples = batch["tokens"][:, 0] - FIRST, batch["sample"] - FIRST
         assert ((rows < 50) == (samples < 50)).all()
