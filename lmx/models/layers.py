@@ -57,7 +57,7 @@ class Projection(nn.Module):
 
     config: Model
     features: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     num_inputs: int = 1
     init_scale: float = 1.0
     use_bias: bool | None = None

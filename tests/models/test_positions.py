@@ -101,7 +101,9 @@ def test_relative_bias_is_the_tables_entry_of_the_bucket():
     # softmax(s + b) / softmax(s) is exp(b) up to a factor for each query
     difference = log_weights(params) - log_weights(zero)
     distance = np.arange(6)[None, :] - np.arange(6)[:, None]
-    bias = np.asarray(params["encoder"]["relative_bias"]["table"])[:, relative_bucket(distance, 8, 20, True)]
+    bias = np.asarray(params["encoder"]["relative_bias"]["table"])[
+        :, relative_bucket(jnp.asarray(distance), 8, 20, True)
+    ]
     np.testing.assert_allclose(
         difference - difference[..., :1], np.broadcast_to(bias - bias[..., :1], difference.shape), atol=1e-4
     )
