@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from lmx.config import Config
 from lmx.errors import CheckpointError, LmxError, nearest
 from lmx.generation.decode import bucket, generate, pad_prompts
+from lmx.models.heads import num_params
 from lmx.models.stack import unroll_params
 from lmx.models.transformer import Transformer
 from lmx.objectives import Objective, make_objective
@@ -214,7 +215,7 @@ class LanguageModel:
             raise LmxError(f"{target} exists already and is not overwritten; remove it, or choose another path.")
         beside = target.with_name(target.name + ".tmp")
         shutil.rmtree(beside, ignore_errors=True)
-        write_config(beside, self.config, asked=self.config)
+        write_config(beside, self.config, self.config, num_params(self.params))
         self.tokenizer.save(beside / "tokenizer")
         _save_params(beside / "params", self.params)
         os.replace(beside, target)

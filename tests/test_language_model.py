@@ -15,6 +15,7 @@ from lmx.config import Config, from_dict
 from lmx.errors import CheckpointError, LmxError
 from lmx.generation.decode import pad_prompts
 from lmx.language_model import LanguageModel, _layout
+from lmx.models.heads import num_params
 from lmx.models.stack import unroll_params
 from lmx.models.transformer import Transformer
 from lmx.text.tokenizers import ByteTokenizer
@@ -224,7 +225,7 @@ def test_formats_that_are_not_there_are_named(tmp_path):
 
 def test_a_workdir_opens_at_its_newest_or_a_named_step(tmp_path):
     lm = make()
-    write_config(tmp_path, lm.config, asked=Config())
+    write_config(tmp_path, lm.config, Config(), num_params(lm.params))
     lm.tokenizer.save(tmp_path / "tokenizer")
     optimizer = optax.sgd(0.1)
     with Checkpoints(tmp_path) as checkpoints:

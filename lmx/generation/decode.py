@@ -9,6 +9,7 @@ tokens here than in a forward pass over it alone.
 """
 
 import functools
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -60,6 +61,16 @@ class Generated:
     stopped: Bool[Array, " batch"]
 
 
+@struct.dataclass
+class Rules:
+    """How tokens are chosen and where rows end: a key a row, the tokens that end it, and what stands after them."""
+
+    sampling: Sampling
+    rngs: Key[Array, " batch"]
+    stops: Int[Array, " stops"]
+    pad_id: Int[Array, ""] | int
+
+
 def generate(
     model: Transformer,
     params: PyTree,
@@ -105,23 +116,21 @@ def generate(
     _check_lengths(model.config, prompts, max_new_tokens)
     if not prompts:
         return []
-    longest = _longest(model.config)
-    tokens, segments = pad_prompts(
-        prompts, min(bucket(max(map(len, prompts))), longest), pad_id, left=model.config.architecture == "decoder"
-    )
-    rngs = _row_keys(seed, len(prompts))
-    stops = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
+    length = min(bucket(max(map(len, prompts))), _longest(model.config))
+    tokens, segments = pad_prompts(prompts, length, pad_id, left=model.config.architecture == "decoder")
+    room = bucket(max_new_tokens)
     logits, decoding = prefill(
         model,
         params,
         tokens,
         segments,
-        new_slots=bucket(max_new_tokens),
+        new_slots=room,
         decoder_start_id=decoder_start_id,
         bidirectional_prompt=bidirectional_prompt,
     )
-    generated = _first(logits, bucket(max_new_tokens), sampling, rngs, stops, pad_id)
-    generated, _ = _loop(model, params, generated, decoding, max_new_tokens, sampling, rngs, stops, pad_id)
+    stops = jnp.asarray(sorted(set(stop_ids)), jnp.int32)
+    rules = Rules(sampling, _row_keys(seed, len(prompts)), stops, pad_id)
+    generated, _ = _loop(model, params, _first(logits, rules, room), decoding, rules, max_new_tokens)
     return _trimmed(jax.device_get(generated.tokens)[:, :max_new_tokens], stop_ids)
 
 
@@ -188,12 +197,11 @@ def _forward(model, params, tokens, decoding):
     return logits, decoding.replace(cache=cache.replace(index=cache.index + length), variables=variables)
 
 
-@functools.partial(jax.jit, static_argnames="new_slots")
-def _first(logits, new_slots, sampling, rngs, stops, pad_id):
+@functools.partial(jax.jit, static_argnames="room")
+def _first(logits: Float[Array, "batch vocab"], rules: Rules, room: int) -> Generated:
     rows = len(logits)
-    tokens = jnp.full((rows, new_slots), pad_id, jnp.int32)
-    empty = Generated(jnp.zeros((), jnp.int32), tokens, jnp.zeros(rows, bool))
-    return _with_next(empty, logits, sampling, rngs, stops, pad_id)
+    tokens = jnp.full((rows, room), rules.pad_id, jnp.int32)
+    return _with_next(Generated(jnp.zeros((), jnp.int32), tokens, jnp.zeros(rows, bool)), logits, rules)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("generated", "decoding"))
@@ -202,11 +210,8 @@ def _loop(
     params: PyTree,
     generated: Generated,
     decoding: Decoding,
+    rules: Rules,
     max_new_tokens: Int[Array, ""],
-    sampling: Sampling,
-    rngs: Key[Array, " batch"],
-    stops: Int[Array, " stops"],
-    pad_id: Int[Array, ""],
 ) -> tuple[Generated, Decoding]:
     """One token a turn until all rows have stopped. The cache is returned so that it can be updated in place."""
 
@@ -216,17 +221,17 @@ def _loop(
     def turn(carry):
         generated, decoding = carry
         logits, decoding = advance(model, params, generated.tokens[:, generated.count - 1], decoding)
-        return _with_next(generated, logits, sampling, rngs, stops, pad_id), decoding
+        return _with_next(generated, logits, rules), decoding
 
     return jax.lax.while_loop(unfinished, turn, (generated, decoding))
 
 
-def _with_next(generated: Generated, logits, sampling: Sampling, rngs, stops, pad_id) -> Generated:
-    """``generated`` with one more token chosen in every row that has not stopped."""
+def _with_next(generated: Generated, logits: Float[Array, "batch vocab"], rules: Rules) -> Generated:
+    """One more token in every row that has not stopped."""
     count = generated.count
-    rngs = jax.vmap(jax.random.fold_in, in_axes=(0, None))(rngs, count)
-    token = jnp.where(generated.stopped, pad_id, choose(logits, sampling, rngs))
-    stopped = generated.stopped | (token[:, None] == stops).any(-1)
+    rngs = jax.vmap(jax.random.fold_in, in_axes=(0, None))(rules.rngs, count)
+    token = jnp.where(generated.stopped, rules.pad_id, choose(logits, rules.sampling, rngs))
+    stopped = generated.stopped | (token[:, None] == rules.stops).any(-1)
     return Generated(count + 1, generated.tokens.at[:, count].set(token), stopped)
 
 
@@ -259,8 +264,9 @@ def _trimmed(rows: Any, stop_ids: Iterable[int]) -> list[list[int]]:
     return [row[: end + 1] for row, end in found]
 
 
-def _longest(config: Model) -> float:
-    return config.max_length if config.position == "learned" else float("inf")
+def _longest(config: Model) -> int:
+    """Most positions that a row may have."""
+    return config.max_length if config.position == "learned" else sys.maxsize
 
 
 def _check_model(config: Model, num_beams: int) -> None:

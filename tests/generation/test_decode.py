@@ -10,7 +10,9 @@ import pytest
 
 from lmx.config import Experts, Model
 from lmx.errors import LmxError
+from lmx.generation import decode
 from lmx.generation.decode import advance, bucket, generate, pad_prompts, prefill
+from lmx.generation.sampling import make_sampling
 from lmx.models.transformer import Transformer
 
 VOCAB = 19
@@ -140,17 +142,27 @@ def test_rows_end_with_their_first_stop_token_and_others_go_on():
     assert len(rows[0]) <= 4
 
 
-def test_the_loop_ends_when_all_rows_have_stopped():
-    from lmx.generation import decode
-
-    model, params = make()
+def run_loop(model, params, stops, pad_id):
     tokens, segments = pad_prompts(PROMPTS, 8, 0, left=True)
     logits, decoding = prefill(model, params, tokens, segments, new_slots=8)
-    sampling, rngs, stops = decode.make_sampling(), decode._row_keys(0, 3), jnp.arange(VOCAB)
-    generated = decode._first(logits, 8, sampling, rngs, stops, 0)
-    generated, decoding = decode._loop(model, params, generated, decoding, 8, sampling, rngs, stops, 0)
+    rules = decode.Rules(make_sampling(), decode._row_keys(0, 3), jnp.asarray(stops), pad_id)
+    return decode._loop(model, params, decode._first(logits, rules, 8), decoding, rules, 8)
+
+
+def test_the_loop_ends_when_all_rows_have_stopped_and_pads_those_that_did():
+    model, params = make()
+    generated, decoding = run_loop(model, params, range(VOCAB), 0)
     assert int(generated.count) == 1 and int(decoding.cache.index) == 8
     assert generated.tokens[:, 1:].tolist() == [[0] * 7] * 3
+
+    free = generate(model, params, PROMPTS, max_new_tokens=8)
+    stop = free[0][3]
+    lengths = [row.index(stop) + 1 if stop in row else 8 for row in free]
+    assert min(lengths) < max(lengths)
+    generated, _ = run_loop(model, params, [stop], 7)
+    assert int(generated.count) == max(lengths)
+    expected = [row[:end] + [7] * (8 - end) for row, end in zip(free, lengths, strict=True)]
+    assert generated.tokens.tolist() == expected
 
 
 def test_sampling_repeats_with_its_seed_and_rows_do_not_depend_on_each_other():
@@ -163,6 +175,12 @@ def test_sampling_repeats_with_its_seed_and_rows_do_not_depend_on_each_other():
     assert generate(model, params, [PROMPTS[0], [2] * 8, [9]], seed=1, **arguments)[0] == rows[0]
     same = generate(model, params, [[1, 2]] * 2, seed=1, **arguments)
     assert same[0] != same[1]
+
+
+def test_every_step_draws_anew():
+    model, params = make()
+    even = jax.tree.map(jnp.zeros_like, params)  # all tokens are equally likely, always
+    assert len(set(generate(model, even, [[1]], max_new_tokens=8, temperature=1.0)[0])) >= 4
 
 
 def test_top_k_of_one_is_greedy():
