@@ -180,8 +180,9 @@ def test_a_mixture_trains_by_weight_and_evaluates_in_order():
     ids = row_ids(take(batches(mixture, Rows(), batch_size=40), 3))
     assert sum(i < 50 for i in ids) == 90
     assert {i for i in ids} == {*range(10), *range(50, 56)}
-    evaluated = row_ids(list(batches(mixture, Rows(), train=False, batch_size=4)))
-    assert evaluated == [*range(10), *range(50, 56)]
+    evaluated = list(batches(mixture, Rows(), train=False, batch_size=4))
+    assert row_ids(evaluated) == [*range(10), *range(50, 56)]
+    assert len({draw for batch in evaluated for draw in batch["draw"].tolist()}) == 16
 
 
 def test_samples_come_from_the_rows_own_source():
