@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", _eval, "Score a trained model on held-out data.")
     evaluate.add_argument("--workdir", required=True, metavar="DIR", help="a training run")
     evaluate.add_argument("--data", metavar="SOURCE", help="another source than the config's data.eval")
-    evaluate.add_argument("--task", default="held_out", metavar="NAME", help="what to score (held_out)")
+    evaluate.add_argument(
+        "--task", default="held_out", metavar="NAME", help="held_out (the default), or unigram: the baseline"
+    )
     evaluate.add_argument("--json", metavar="FILE", help="also write the scores here")
 
     generate = command("generate", _generate, "Continue a prompt, or answer it with an encoder-decoder.")

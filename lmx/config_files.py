@@ -46,7 +46,9 @@ def describe_fields() -> str:
     lines = []
     for name, field in field_types().items():
         choices = f" One of {', '.join(field.metadata['choices'])}." if field.metadata["choices"] else ""
-        lines.append(f"--config.{name}  ({_type_name(field)}, {field.default!r})\n    {field.metadata['meaning']}{choices}")
+        lines.append(
+            f"--config.{name}  ({_type_name(field)}, {field.default!r})\n    {field.metadata['meaning']}{choices}"
+        )
     return "\n".join(lines)
 
 

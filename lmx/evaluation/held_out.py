@@ -6,13 +6,14 @@ import jax
 from rich.console import Console
 
 from lmx.errors import LmxError, nearest
+from lmx.evaluation.unigram import unigram_loss
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.experiment import build
 from lmx.training.initial import state_layout
 from lmx.training.loop import compiled_eval_step, evaluate
 from lmx.training.workdir import read_config
 
-TASKS = ("held_out",)
+TASKS = ("held_out", "unigram")
 
 
 def evaluate_workdir(
@@ -23,7 +24,8 @@ def evaluate_workdir(
     Args:
       workdir: the run.
       source: another source than the config's ``data.eval``.
-      task: what to score; "held_out" is the objective's own terms, as during training.
+      task: what to score; "held_out" is the objective's own terms, as during training, and "unigram" the loss of
+        guessing by frequency, to compare with.
       console: where progress is printed.
 
     Returns:
@@ -36,8 +38,10 @@ def evaluate_workdir(
         raise LmxError(f"there is no task {task!r}{nearest(task, TASKS)}")
     workdir = Path(workdir).expanduser().resolve()
     config = read_config(workdir)
+    experiment = build(config, workdir, console or Console())
+    if task == "unigram":
+        return unigram_loss(experiment, source)
     with Checkpoints(workdir, read_only=True) as checkpoints:
-        experiment = build(config, workdir, console or Console())
         layout = state_layout(experiment).params
         params = checkpoints.restore_params(layout)
     shardings = jax.tree.map(lambda x: x.sharding, layout)

@@ -162,8 +162,8 @@ class Transformer(nn.Module):
             positions = jnp.broadcast_to(index, tokens.shape)
         if self.config.position == "learned" and length > self.config.max_length:
             raise ConfigError(
-                f"a row of {length} tokens does not fit model.max_length ({self.config.max_length}), the positions that "
-                "the learned table holds; shorten the text or use another kind of model.position."
+                f"a row of {length} tokens does not fit model.max_length ({self.config.max_length}), the positions "
+                "that the learned table holds; shorten the text or use another kind of model.position."
             )
         cross_mask = None
         if encoded is not None:

@@ -38,8 +38,8 @@ def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.
         divisors = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
         raise ConfigError(
             f"the mesh ({asked or 'one device'}) needs {'a multiple of ' if free else ''}{fixed} devices, but there "
-            f"are {len(devices)}. Each axis must be one of {divisors}, and together they must multiply to {len(devices)}; "
-            "one axis may be -1, which is what is left."
+            f"are {len(devices)}. Each axis must be one of {divisors}, and together they must multiply to "
+            f"{len(devices)}; one axis may be -1, which is what is left."
         )
     shape = tuple(sizes[axis] for axis in AXES)
     # Explicit axes, the default, reject Linen's sharding constraints.

@@ -1,5 +1,4 @@
-"""From a config to everything a run holds: text, tokenizer, objective, model, mesh. Nothing is written here but
-a tokenizer that had to be trained."""
+"""From a config to everything a run holds: text, tokenizer, objective, model, mesh. Nothing is written here."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -90,8 +89,7 @@ class Experiment:
 def build(asked: Config, workdir: Path, console: Console, devices: Any = None) -> Experiment:
     """Builds the experiment, with the cheap checks first.
 
-    The tokenizer is the workdir's if it has one, else that of ``train.init_from``, else what ``tokenizer`` says.
-    A tokenizer that is trained is saved in the workdir.
+    The tokenizer is the run's if it has been started, else that of ``train.init_from``, else what ``tokenizer`` says.
 
     Raises:
       LmxError: the config does not fit the devices, the data or the tokenizer.
@@ -147,17 +145,13 @@ def _labels(config: Config) -> tuple[str, ...]:
 
 
 def _tokenizer(config: Config, workdir: Path, console: Console) -> Any:
-    own = workdir / "tokenizer"
-    if own.is_dir():
-        return load_tokenizer(own)
+    if (workdir / "config.json").is_file():
+        return load_tokenizer(workdir / "tokenizer")
     if config.train.init_from:
         other = Path(config.train.init_from) / "tokenizer"
         console.print(f"[bold]tokenizer[/] of {config.train.init_from} (config.tokenizer is not used)")
-        tokenizer = load_tokenizer(other)
-    else:
-        tokenizer = make_tokenizer(config.tokenizer, _texts(config))
-    tokenizer.save(own)
-    return tokenizer
+        return load_tokenizer(other)
+    return make_tokenizer(config.tokenizer, _texts(config))
 
 
 def _texts(config: Config) -> Callable[[], Iterator[str]]:

@@ -1,7 +1,6 @@
 """Where parameters come from, in this order: the run's own checkpoint, another run (``train.init_from``), scratch."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -58,27 +57,46 @@ def initial_state(
     return state, None
 
 
+def check_init_from(experiment: Experiment) -> None:
+    """Raises :class:`CheckpointError` where ``train.init_from`` does not fit the model; reads no array."""
+    source = experiment.config.train.init_from
+    if source:
+        with Checkpoints(source, read_only=True) as checkpoints:
+            saved = checkpoints.abstract_params()
+        found = jax.eval_shape(lambda params: as_layout(params, experiment.config.model), saved)
+        _take_over(source, nn.meta.unbox(experiment.abstract_params()), found)
+
+
 def _taken_over(config: Config, params: Any) -> tuple[Any, list[str]]:
     """The other run's parameters in the layout of ``params``, and the names of those kept fresh (heads only)."""
-    source = Path(config.train.init_from)
-    with Checkpoints(source, read_only=True) as checkpoints:
+    with Checkpoints(config.train.init_from, read_only=True) as checkpoints:
         found = as_layout(checkpoints.restore_params(), config.model)
-    found = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+    return _take_over(config.train.init_from, params, found)
+
+
+def _take_over(source: str, params: Any, found: Any) -> tuple[Any, list[str]]:
+    """``params`` with every leaf that ``found`` has in the same shape; a head may lack one, the body may not."""
+    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
     fresh = []
 
-    def choose(path, leaf):
-        name, other = jax.tree_util.keystr(path, simple=True, separator="/"), found.get(jax.tree_util.keystr(path))
+    def choose(path: tuple, leaf: Any) -> Any:
+        name = _name(path)
+        other = leaves.get(name)
         if other is not None and other.shape == leaf.shape:
             return other
         if path[0].key == "heads":
             fresh.append(name)
             return leaf
         raise CheckpointError(
-            f"train.init_from={str(source)!r} does not fit this model: {name} has shape {leaf.shape} here and "
+            f"train.init_from={source!r} does not fit this model: {name} has shape {leaf.shape} here and "
             f"{'is missing' if other is None else other.shape} there. Only heads may differ; make config.model agree."
         )
 
     return jax.tree_util.tree_map_with_path(choose, params), fresh
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def as_layout(params: Mapping[str, Any], model: Model) -> dict[str, Any]:

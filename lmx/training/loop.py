@@ -17,7 +17,7 @@ from lmx.parallel.compile import axis_name, compile_step
 from lmx.parallel.sharding import put_batch, whole_dimensions
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.experiment import Experiment, build
-from lmx.training.initial import initial_state
+from lmx.training.initial import check_init_from, initial_state
 from lmx.training.metrics import MetricsWriter, Throughput, peak_flops
 from lmx.training.optimizers import eval_params, make_schedule
 from lmx.training.progress import Progress
@@ -54,7 +54,7 @@ def train(config: Config, workdir: str | Path, *, console: Console | None = None
       devices: what to compute on; none is every device there is.
 
     Raises:
-      LmxError: bad input (before anything but a tokenizer is written), a workdir with another run, or a loss that is
+      LmxError: bad input (before anything is written), a workdir with another run, or a loss that is
         no longer finite.
     """
     console = console or Console()
@@ -63,6 +63,8 @@ def train(config: Config, workdir: str | Path, *, console: Console | None = None
     experiment = build(config, workdir, console, devices)
     batches = experiment.train_batches()
     experiment.eval_batches()  # a held-out source that can't be opened is an error now, not at the first evaluation
+    check_init_from(experiment)
+    experiment.tokenizer.save(workdir / "tokenizer")
     write_config(workdir, experiment.config, config, num_params(experiment.abstract_params()))
     _print_header(experiment, workdir, console)
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints, Interrupt() as interrupt:

@@ -15,7 +15,7 @@ from lmx.config import Config, Data, Model, Objective, Tokenizer, config_dict
 
 def get_config(variant=None):
     return config_dict(Config(
-        model=Model(architecture="encoder", heads=("classification",), num_layers=1, embed_dim=16, num_heads=2, mlp_dim=16),
+        model=Model(architecture="encoder", heads=("classification",), embed_dim=16, num_heads=2),
         objective=Objective(name="classification"), tokenizer=Tokenizer(kind="bytes"), data=Data(length=64)))
 """
 
@@ -105,7 +105,9 @@ def test_a_vocabulary_smaller_than_the_tokenizer(capsys, tmp_path):
 
 def test_a_checkpoint_of_another_shape_names_the_parameter(capsys, tmp_path, tiny_run):
     message = train_fails(capsys, tmp_path, f"train.init_from={tiny_run}", "model.mlp_dim=64")
-    assert "decoder/layers/block_0/mlp/in/kernel" in message and "(4, 128, 64)" in message and "(4, 128, 512)" in message
+    assert (
+        "decoder/layers/block_0/mlp/in/kernel" in message and "(4, 128, 64)" in message and "(4, 128, 512)" in message
+    )
 
 
 def test_a_vocabulary_that_does_not_match_the_checkpoint(capsys, tmp_path, tiny_run):

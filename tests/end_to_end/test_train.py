@@ -116,7 +116,11 @@ def test_more_steps_go_on_from_where_it_was(tmp_path):
 
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", "lmx", "train", "--config", QUICKSTART, "--workdir", str(tmp_path), *SMALL]
-    command += ["--config.train.steps=100000", "--config.train.eval_every=100000", "--config.train.checkpoint_every=100000"]
+    command += [
+        "--config.train.steps=100000",
+        "--config.train.eval_every=100000",
+        "--config.train.checkpoint_every=100000",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(read_metrics(tmp_path) if (tmp_path / "metrics.jsonl").exists() else []) < 3:
