@@ -65,18 +65,23 @@ def get_config(variant="base"):
 
 
 def tiny(config):
-    """A small encoder over bytes, from nothing, for a laptop."""
+    """The body of `experiments/mlm.py:tiny`, so that it can start from there, for a laptop."""
     return config.replace(
         model={
             "vocab_size": None,
             "num_layers": 2,
             "num_heads": 2,
-            "embed_dim": 64,
-            "mlp_dim": 128,
+            "embed_dim": 128,
+            "mlp_dim": 512,
             "max_length": 128,
+            "num_token_types": 0,
+            "norm_epsilon": 1e-5,
             "pooling": "mean",
+            "dropout": 0.3,
+            "head_dropout": 0.3,
         },
-        tokenizer={"kind": "bytes"},
-        optimizer={"learning_rate": 1e-3, "warmup_steps": 20},
-        train={"steps": 200, "eval_every": 50, "checkpoint_every": 100},
+        data={"length": 64},
+        tokenizer={"vocab_size": 4000},
+        optimizer={"learning_rate": 5e-4, "warmup_steps": 50},
+        train={"steps": 1000, "eval_every": 200, "checkpoint_every": 500, "early_stop_evals": 0},
     )

@@ -9,7 +9,7 @@ Variants: `default`, and `tiny`, which only shows that everything runs.
 from lmx.config import Config, Data, Expect, Model, Objective, Optimizer, Tokenizer, Train, config_dict
 from lmx.errors import ConfigError, nearest
 
-STEPS = {"default": 600, "tiny": 20}
+STEPS = {"default": 400, "tiny": 20}
 
 
 def get_config(variant="default"):
@@ -32,13 +32,13 @@ def get_config(variant="default"):
             objective=Objective(name="causal"),
             data=Data(train="builtin:python_manual[:90%]", eval="builtin:python_manual[90%:]", length=128),
             tokenizer=Tokenizer(kind="bytes"),
-            optimizer=Optimizer(learning_rate=2e-3, warmup_steps=min(50, steps // 4), b2=0.99, weight_decay=0.1),
+            optimizer=Optimizer(learning_rate=3e-3, warmup_steps=min(50, steps // 4), b2=0.99, weight_decay=0.1),
             train=Train(
                 steps=steps,
                 global_batch_size=16,
                 log_every=10,
-                eval_every=max(1, steps // 6),
-                checkpoint_every=max(1, steps // 3),
+                eval_every=max(1, steps // 4),
+                checkpoint_every=max(1, steps // 2),
                 sample_prompt="The statement ",
             ),
             expect=Expect(source=""),

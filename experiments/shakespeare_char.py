@@ -9,6 +9,7 @@ Variants:
            minutes on an A100; that is the best evaluation of the run, which overfits afterwards.
   tiny     the default's model for 100 steps on the built-in text: nothing is downloaded.
 
+The peak learning rate is 3e-3 where nanoGPT has 1e-3, which this setting learns faster with.
 The held-out text is the last tenth, as in nanoGPT; TFDS calls its halves validation and test. nanoGPT draws windows at
 random places, lmx goes through all rows in a fresh order each epoch. To train on a file of your own:
 `--config.data.train="text:input.txt[:90%]" --config.data.eval="text:input.txt[90%:]"`.
@@ -48,7 +49,7 @@ def get_config(variant="default"):
             data=Data(**data, length=model["max_length"]),
             tokenizer=Tokenizer(kind="characters"),
             optimizer=Optimizer(
-                learning_rate=1e-3,
+                learning_rate=3e-3 if variant != "gpu" else 1e-3,
                 warmup_steps=min(100, steps // 10),
                 end_fraction=0.1,
                 b2=0.99,

@@ -142,7 +142,7 @@ def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):
     arguments = ["--config", QUICKSTART, "--workdir", tmp_path, *SMALL, "--config.optimizer.learning_rate=0.5"]
     refused = lmx("train", *arguments, check=False)
     assert refused.returncode == 2
-    assert "optimizer.learning_rate is 0.002 there and 0.5 here" in " ".join(refused.stderr.split())
+    assert "optimizer.learning_rate is 0.003 there and 0.5 here" in " ".join(refused.stderr.split())
     assert "Traceback" not in refused.stderr and sorted(os.listdir(tmp_path)) == before
 
 
