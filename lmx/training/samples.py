@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import jax
+
 from lmx.generation.decode import generate
 from lmx.training.experiment import Experiment
 from lmx.training.optimizers import eval_params
@@ -11,9 +13,12 @@ NEW_TOKENS = 160
 
 
 def write_samples(workdir: Path, step: int, experiment: Experiment, state: TrainState) -> None:
-    """Appends ``train.samples`` continuations of ``train.sample_prompt`` to samples.txt; only decoders continue."""
+    """Appends ``train.samples`` continuations of ``train.sample_prompt`` to samples.txt.
+
+    Only decoders continue, and only where one process holds all of the parameters.
+    """
     train, model, tokenizer = experiment.config.train, experiment.config.model, experiment.tokenizer
-    if model.architecture != "decoder" or not train.samples:
+    if model.architecture != "decoder" or not train.samples or jax.process_count() > 1:
         return
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     prompt = [start, *tokenizer.encode(train.sample_prompt)]
@@ -30,4 +35,5 @@ def write_samples(workdir: Path, step: int, experiment: Experiment, state: Train
     )
     with (workdir / "samples.txt").open("a", encoding="utf-8") as file:
         for number, ids in enumerate(continued, start=1):
-            file.write(f"=== step {step}, sample {number}\n{train.sample_prompt}{tokenizer.decode(ids)}\n\n")
+            # Decoded with the prompt: alone, the first piece would lose the space before it.
+            file.write(f"=== step {step}, sample {number}\n{tokenizer.decode([*prompt, *ids])}\n\n")
