@@ -20,7 +20,7 @@ def forward_flops(model: Model, length: int, source_length: int = 0) -> float:
     inner, kv_inner = model.num_heads * head_dim, (model.num_kv_heads or model.num_heads) * head_dim
     mlp = (3 if is_gated(model) else 2) * model.embed_dim * model.mlp_dim
 
-    def attention(queries: int, keys: int, seen: float) -> float:
+    def attention(queries: int, keys: int, seen: int | float) -> int | float:
         projections = queries * 2 * model.embed_dim * inner + keys * 2 * model.embed_dim * kv_inner
         return 2 * projections + 4 * queries * seen * inner
 

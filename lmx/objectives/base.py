@@ -44,13 +44,13 @@ class Objective(abc.ABC):
     optimized: tuple[str, ...] = ("loss",)
 
     @abc.abstractmethod
-    def view(self, row: Mapping[str, Any], rng: np.random.Generator, sample: Sample) -> Example:
+    def view(self, row: Mapping[str, Any], rng: np.random.Generator, sample: Sample | None) -> Example:
         """An example: 1-D arrays no longer than ``lengths`` says, and scalars.
 
         Args:
           row: ``tokens``, ``segments`` and ``positions`` of a row made by ``cut``, or a record of the source.
           rng: the only source of randomness.
-          sample: ``sample(rng, length)`` draws a window of tokens from a random place of the corpus.
+          sample: ``sample(rng, length)`` draws a window of tokens from a random place of the corpus; none for records.
         """
 
     @abc.abstractmethod

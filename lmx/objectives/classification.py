@@ -49,7 +49,7 @@ class Classification(Objective):
         names = ["tokens", "segments", "positions"] + ["token_types"] * self.has_token_types
         self.lengths = dict.fromkeys(names, data.length)
 
-    def view(self, record: Mapping[str, Any], rng: np.random.Generator, sample: Sample) -> Example:
+    def view(self, record: Mapping[str, Any], rng: np.random.Generator, sample: Sample | None) -> Example:
         if self.label_field not in record:
             raise DataError(
                 f"a record has no field {self.label_field!r} (data.label_field); it has {', '.join(map(repr, record))}."

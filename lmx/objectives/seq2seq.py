@@ -65,7 +65,7 @@ class Seq2Seq(EncoderDecoderObjective):
         self.packable = config.data.packing
         self.set_lengths(config.data.length, config.data.target_length)
 
-    def view(self, record: Mapping[str, Any], rng: np.random.Generator, sample: Sample) -> Example:
+    def view(self, record: Mapping[str, Any], rng: np.random.Generator, sample: Sample | None) -> Example:
         source = self._encode(record, self.data.source_field, "source_field", "length")
         target = self._encode(record, self.data.target_field, "target_field", "target_length")
         return one_segment(source, "encoder_") | decoder_side(target, self.start)
