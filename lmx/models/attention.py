@@ -48,7 +48,7 @@ class Attention(nn.Module):
         *,
         mask: Mask,
         positions: Int[Array, "batch query"],
-        bias: Float[Array, "1 heads query key"] | None = None,
+        bias: Float[Array, "1 heads query slots"] | None = None,
         cache: Cache | None = None,
         train: bool = False,
     ) -> Float[Array, "batch query embed"]:

@@ -106,7 +106,8 @@ class _Run:
                 self._write(self._evaluate(progress))
             while True:
                 self._advance()
-                done = self.step >= train.steps or interrupt.signal is not None
+                stopped = interrupt.signal  # read once: a signal that comes later is the next step's
+                done = self.step >= train.steps or stopped is not None
                 evaluating = self.step % train.eval_every == 0 or self.step >= train.steps
                 metrics = {}
                 if self.step % train.log_every == 0 or evaluating or done:
@@ -121,8 +122,8 @@ class _Run:
                     self._save(metrics)
                 if self.step >= train.steps or converged:
                     return "converged" if converged else "complete"
-                if interrupt.signal is not None:
-                    return interrupt.signal.name
+                if stopped is not None:
+                    return stopped.name
 
     def finish(self, ended: str) -> Result:
         """Waits for what is being written, and says where everything is."""

@@ -35,6 +35,10 @@ def initialized(config, seed=0):
     return Transformer(config).init(jax.random.key(seed), example(config))["params"]
 
 
+def boxed_shapes(config):
+    return jax.eval_shape(lambda: initialized(config))
+
+
 def wide(**fields):
     sizes = {"embed_dim": 96, "num_heads": 4, "mlp_dim": 160, "vocab_size": 500, "num_layers": 2}
     return small(**{**sizes, **fields})
@@ -95,7 +99,7 @@ def test_experts_start_apart_with_the_stddev_of_one_expert():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_parameter_is_float32_and_names_each_of_its_axes(name):
-    leaves = jax.tree_util.tree_leaves_with_path(initialized(KINDS[name]), is_leaf=lambda x: hasattr(x, "names"))
+    leaves = jax.tree_util.tree_leaves_with_path(boxed_shapes(KINDS[name]), is_leaf=lambda x: hasattr(x, "names"))
     for path, leaf in leaves:
         place = jax.tree_util.keystr(path)
         assert isinstance(leaf, nn.LogicallyPartitioned), place
@@ -105,7 +109,7 @@ def test_every_parameter_is_float32_and_names_each_of_its_axes(name):
 
 
 def test_axis_names_of_the_large_parameters():
-    params = initialized(EVERYTHING)
+    params = boxed_shapes(EVERYTHING)
     layer = params["decoder"]["layers_0"]
     assert params["embeddings"]["tokens"]["table"].names == ("vocab", "embed")
     assert layer["attention"]["query"]["kernel"].names == ("embed", "heads", "head_dim")
@@ -125,11 +129,11 @@ def test_bfloat16_computes_with_float32_parameters_and_logits(name):
     config = dataclasses.replace(KINDS[name], dtype="bfloat16")
     batch = example(config)
     model, params = build(config)
-    outputs = model.apply({"params": params}, batch)
+    outputs = jax.jit(model.apply)({"params": params}, batch)
     assert outputs["hidden"].dtype == jnp.bfloat16
     assert all(value.dtype == jnp.float32 for key, value in outputs.items() if key != "hidden")
     exact, _ = build(KINDS[name])
-    expected = exact.apply({"params": params}, batch)["hidden"]
+    expected = jax.jit(exact.apply)({"params": params}, batch)["hidden"]
     assert 0 < np.abs(np.asarray(outputs["hidden"], np.float32) - expected).max() < 0.2
 
 

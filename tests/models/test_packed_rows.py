@@ -1,5 +1,8 @@
 """A document in a packed row comes out as it does alone."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,7 +28,12 @@ def documents(seed=0, lengths=LENGTHS):
 
 
 def hidden(model, params, batch):
-    return np.asarray(model.apply({"params": params}, batch, method=model.hidden)[0])
+    return np.asarray(_hidden(model, params, batch)[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(model, params, batch):
+    return model.apply({"params": params}, batch, method=model.hidden)
 
 
 @pytest.mark.parametrize("window", [0, 2])

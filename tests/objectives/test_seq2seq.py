@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,6 +68,7 @@ def test_exact_match_counts_examples_also_in_packed_rows():
     predicted = targets.copy()
     predicted[0, 1] = 9  # one token of the first of three examples is wrong
     predicted[segments == 0] = 11  # padding does not count
+    examples = {name: jnp.asarray(value) for name, value in examples.items()}
     terms = objective.terms(Oracle(np.eye(32, dtype=np.float32)[predicted]), examples)
     np.testing.assert_allclose(terms["exact_match"], (2, 3))
     np.testing.assert_allclose(terms["accuracy"], (6, 7))
