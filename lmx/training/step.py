@@ -69,7 +69,7 @@ def make_train_step(
         grads, terms = total((grads, terms))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = terms | {
-            "grad_norm": (optax.global_norm(grads), jnp.ones(())),
+            "grad_norm": (optax.tree.norm(grads), jnp.ones(())),
             "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), jnp.ones(())),
         }
         params = optax.apply_updates(state.params, updates)

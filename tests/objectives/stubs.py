@@ -3,6 +3,7 @@
 import dataclasses
 import string
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -90,14 +91,15 @@ def corpus(*documents) -> TokenStore:
     return TokenStore(np.concatenate([np.array(document, np.int32) for document in documents]), offsets)
 
 
-def batch(objective, *examples) -> dict[str, np.ndarray]:
-    """Examples zero-padded to the objective's lengths and stacked."""
+def batch(objective, *examples) -> dict[str, jax.Array]:
+    """Examples zero-padded to the objective's lengths and stacked, on the device."""
 
     def padded(name, value):
         value = np.asarray(value)
         return np.pad(value, (0, objective.lengths[name] - len(value))) if value.ndim else value
 
-    return {name: np.stack([padded(name, example[name]) for example in examples]) for name in examples[0]}
+    stacked = {name: np.stack([padded(name, example[name]) for example in examples]) for name in examples[0]}
+    return {name: jnp.asarray(value) for name, value in stacked.items()}
 
 
 def rng(seed: int = 0) -> np.random.Generator:

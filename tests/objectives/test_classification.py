@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -83,7 +84,7 @@ def test_inputs_need_no_label():
 
 def test_classification_terms_by_hand():
     objective = objective_for()
-    examples = {"labels": np.array([0, 1, 0]), "label_weights": np.array([1, 1, 0], np.float32)}
+    examples = {"labels": jnp.array([0, 1, 0]), "label_weights": jnp.array([1.0, 1.0, 0.0])}
     scores = np.log(np.array([[0.75, 0.25], [0.75, 0.25], [0.5, 0.5]], np.float32))
     terms = objective.terms(Oracle(0.0, scores), examples)
     nll = -np.log(0.75) - np.log(0.25)

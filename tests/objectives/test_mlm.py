@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -152,7 +153,7 @@ def test_next_sentence_terms_by_hand():
     examples = batch(
         objective, *(objective.view(row([10, 11]), rng(seed), lambda generator, length: [31]) for seed in range(3))
     )
-    examples["labels"], examples["label_weights"] = np.array([0, 1, 0]), np.array([1, 1, 0], np.float32)
+    examples["labels"], examples["label_weights"] = jnp.array([0, 1, 0]), jnp.array([1.0, 1.0, 0.0])
     scores = np.log(np.array([[0.75, 0.25], [0.75, 0.25], [0.5, 0.5]], np.float32))
     terms = objective.terms(Oracle(np.zeros((3, 8, 32), np.float32), scores), examples)
     np.testing.assert_allclose(terms["next_sentence"], (-np.log(0.75) - np.log(0.25), 2), rtol=1e-6)
