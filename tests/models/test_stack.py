@@ -20,7 +20,7 @@ PATTERNS = {
     "windows": small("decoder", num_layers=4, attention_windows=(0, 2)),
     "experts": small("decoder", num_layers=4, experts=Experts(num_experts=3, every=2, jitter=0.0)),
     "experts and windows": small(
-        "encoder_decoder",
+        "decoder",
         num_layers=6,
         attention_windows=(0, 2, 3),
         experts=Experts(num_experts=2, every=2, z_loss_weight=0.1, jitter=0.0),
