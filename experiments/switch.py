@@ -11,13 +11,13 @@ Variants:
 As published, all on C4 with 2^20 tokens a step: negative log-perplexity -1.553 of Switch-Base with 128 experts and
 capacity factor 1.25 after 100k steps, on 32 TPUv3 cores (Table 1); after 500k steps -1.177 (Large), -1.008 (XXL) and
 -1.043 (C) (Table 9). From the paper: load-balance weight 0.01, jitter 0.01, initial variance scaled by 0.1 (section
-2.4), router in float32. The figures of Tables 1 and 9 still have to be checked against the paper's text.
+2.4), router in float32.
 
 Where this differs from Table 9: its rows do not all add up to their own parameter counts. XXL reaches 395 billion
 with the 128 experts of the released checkpoint, not with the 64 of the table; Large comes to 26 billion with the
-plain feed-forward of 4,096 of the released checkpoint, and to 27 with the gated one of 2,816. Both follow the
-checkpoints. The learning rate is T5's (see `experiments/t5.py`), and dropout is off in pre-training, where no text is
-seen twice.
+plain feed-forward of 4,096 of the released checkpoint, and to 27 with the gated one of 2,816. All follow the
+checkpoints; so Base has their plain feed-forward of 3,072 too, where the table has a gated one of 2,048. The learning
+rate is T5's (see `experiments/t5.py`), and dropout is off in pre-training, where no text is seen twice.
 """
 
 from lmx.config import (
