@@ -27,6 +27,7 @@ __all__ = [
     "Model",
     "Objective",
     "Optimizer",
+    "RotaryScaling",
     "Tokenizer",
     "Train",
     "config_dict",
@@ -34,6 +35,7 @@ __all__ = [
     "field_types",
     "from_config_dict",
     "from_dict",
+    "is_sparse",
     "layer_period",
     "to_dict",
 ]
@@ -41,16 +43,43 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """Switch layer: sparse feed-forward with top-1 routing (Fedus et al. 2021, section 2)."""
+    """Sparse feed-forward: each token is sent to a few of many experts (Fedus et al. 2021, section 2)."""
 
     num_experts: int = option(0, "Experts of a sparse layer; 0 makes every layer dense.", low=0)
     every: int = option(2, "Every n-th layer is sparse: layers n-1, 2n-1, … counted from 0.", low=1)
-    capacity_factor: float = option(1.25, "Slots of an expert, as a multiple of an even share, in training.", low=0)
+    decoder_every: int | None = option(None, "The same of an encoder-decoder's decoder; none: every.", low=1)
+    first: int | None = option(None, "The first sparse layer, counted from 0; none: the last of each n.", low=0)
+    top_k: int = option(1, "Experts a token is sent to (Switch: 1, Mixtral: 2).", low=1)
+    normalize_gates: bool = option(False, "The gates of a token's experts sum to 1 (Mixtral), or are probabilities.")
+    capacity_factor: float = option(
+        1.25, "Slots of an expert, as a multiple of an even share, in training; 0: no limit.", low=0
+    )
     eval_capacity_factor: float = option(2.0, "The same when evaluating and generating.", low=0)
+    capacity: int = option(0, "Slots of an expert, whatever the length of a row; 0: by the factors.", low=0)
     load_balance_weight: float = option(0.01, "Weight (alpha) of the load-balance loss, equations 4-6.", low=0)
     z_loss_weight: float = option(0.0, "Weight of the router z-loss (ST-MoE, equation 5).", low=0)
     jitter: float = option(0.01, "Router inputs are multiplied by U(1-jitter, 1+jitter) in training.", low=0, high=1)
     dropout: float = option(0.0, "Dropout inside the experts (the paper's expert dropout).", low=0, high=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryScaling:
+    """How rotary frequencies are stretched to reach beyond the length of pre-training."""
+
+    kind: str = option(
+        "none",
+        "linear: positions divided by the factor. dynamic: the base grows with the row. llama3: low frequencies alone "
+        "are divided. yarn: by bands, and attention is sharpened (Peng et al. 2023).",
+        choices=("none", "linear", "dynamic", "llama3", "yarn"),
+    )
+    factor: float = option(1.0, "How many times longer.", low=0)
+    original_length: int = option(2048, "Tokens of a row in pre-training (dynamic, llama3, yarn).", low=1)
+    low_frequency_factor: float = option(1.0, "llama3: waves longer than original_length / this are divided.", low=0)
+    high_frequency_factor: float = option(4.0, "llama3: waves shorter than original_length / this stay.", low=0)
+    beta_fast: float = option(32.0, "yarn: dimensions that turn more often than this stay.", low=0)
+    beta_slow: float = option(1.0, "yarn: dimensions that turn less often than this are divided.", low=0)
+    attention_factor: float | None = option(None, "yarn: factor on sines and cosines; none: 0.1 ln(factor) + 1.", low=0)
+    truncate: bool = option(True, "yarn: the bounds of the bands are whole dimensions.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +92,9 @@ class Model:
         choices=("encoder", "decoder", "encoder_decoder"),
     )
     heads: tuple[str, ...] = option(
-        ("lm",), "Output heads; each needs its own parameters.", choices=("lm", "mlm", "classification", "span")
+        ("lm",),
+        "Output heads; each needs its own parameters.",
+        choices=("lm", "mlm", "classification", "span", "pooler"),
     )
     vocab_size: int | None = option(None, "Tokens in the vocabulary; none takes the tokenizer's size.", low=1)
     num_layers: int = option(12, "Layers of a stack (of the encoder, where there are two).", low=1)
@@ -79,6 +110,14 @@ class Model:
     norm: str = option("layernorm", "Kind of normalization.", choices=("layernorm", "rmsnorm"))
     norm_epsilon: float = option(1e-5, "Added to the variance.", low=0)
     use_bias: bool = option(True, "Biases in projections, feed-forward and LayerNorm.")
+    attention_bias: str | None = option(
+        None, "Biases in attention; none of these: as use_bias.", choices=("none", "qkv", "all")
+    )
+    mlp_bias: bool | None = option(None, "Biases in the feed-forward; none: as use_bias.")
+    parallel_residual: bool = option(
+        False, "Attention and feed-forward read the same state, each by its norm, and both are added (GPT-NeoX)."
+    )
+    query_key_norm: bool = option(False, "Normalize each query and key head before positions enter (Qwen3).")
     final_norm: bool = option(True, "Normalize a pre-norm stack's output.")
 
     position: str = option(
@@ -86,7 +125,10 @@ class Model:
         "How positions enter: added to embeddings, rotating queries and keys, biasing scores, or not at all.",
         choices=("learned", "sinusoidal", "rotary", "relative", "none"),
     )
+    position_offset: int = option(0, "Rows of the learned table before that of position 0 (RoBERTa: 2).", low=0)
     rotary_base: float = option(10000.0, "Base of the rotary frequencies.", low=1)
+    rotary_fraction: float = option(1.0, "Part of a head's width that is rotated (GPT-NeoX: 0.25).", low=0, high=1)
+    rotary_scaling: RotaryScaling = section(RotaryScaling, "Reach beyond the length of pre-training.")
     relative_buckets: int = option(32, "Buckets of T5's relative bias.", low=2)
     relative_max_distance: int = option(128, "Distance from which all positions share the last bucket.", low=2)
 
@@ -109,7 +151,14 @@ class Model:
     tie_embeddings: bool = option(True, "The output layer is the transposed token table.")
     scale_logits: bool = option(False, "Multiply hidden states by 1/sqrt(embed_dim) before the tied table (T5).")
     num_classes: int = option(2, "Outputs of the classification head; 1 for regression.", low=1)
-    pooling: str = option("first", "Classification reads the first token or the mean.", choices=("first", "mean"))
+    pooling: str = option(
+        "first", "Classification reads the first token, the mean or the last token.", choices=("first", "mean", "last")
+    )
+    pooler: str = option(
+        "tanh",
+        "Between pooling and classes: dense and tanh (BERT), dense and relu (DistilBERT), or nothing (GPT-2).",
+        choices=("tanh", "relu", "none"),
+    )
 
     dropout: float = option(0.0, "Dropout of embeddings and of each sub-layer's output.", low=0, high=1)
     attention_dropout: float = option(0.0, "Dropout of attention weights.", low=0, high=1)
@@ -304,7 +353,7 @@ class Config:
 
     def __post_init__(self):
         check_section(self)
-        check_together(self, layer_period(self.model))
+        check_together(self, (layer_period(self.model), layer_period(self.model, decoder=True)))
 
     def replace(self, **sections: Mapping[str, Any] | Any) -> "Config":
         """A copy with fields changed: ``config.replace(train={"steps": 5}, seed=1)``."""
@@ -336,8 +385,22 @@ def field_types() -> dict[str, dataclasses.Field]:
     return leaves(Config)
 
 
-def layer_period(model: Model) -> int:
-    """Layers after which the stack repeats itself: what one step of the scan over layers holds."""
-    windows = len(model.attention_windows)
-    sparse = model.experts.every if model.experts.num_experts else 1
-    return math.lcm(windows, sparse)
+def layer_period(model: Model, decoder: bool = False) -> int:
+    """Layers after which a stack repeats itself: what one step of the scan over layers holds.
+
+    Args:
+      decoder: of the decoder of an encoder-decoder, rather than of the encoder or the only stack.
+    """
+    every = _sparse_every(model.experts, decoder) if model.experts.num_experts else 1
+    return math.lcm(len(model.attention_windows), every)
+
+
+def is_sparse(model: Model, index: int, decoder: bool = False) -> bool:
+    """Whether the feed-forward of layer ``index``, counted from 0, has experts; ``decoder`` as above."""
+    experts, every = model.experts, _sparse_every(model.experts, decoder)
+    first = every - 1 if experts.first is None else experts.first
+    return experts.num_experts > 0 and index % every == first % every
+
+
+def _sparse_every(experts: Experts, decoder: bool) -> int:
+    return (decoder and experts.decoder_every) or experts.every

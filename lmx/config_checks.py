@@ -19,15 +19,15 @@ NEEDS = {
 }
 
 
-def check_together(config: "Config", period: int) -> None:
+def check_together(config: "Config", periods: tuple[int, int]) -> None:
     """Raises :class:`ConfigError` for the first fields that do not fit each other.
 
     Args:
       config: its sections are checked one by one already.
-      period: layers after which the stack repeats itself.
+      periods: layers after which the first stack repeats itself, and an encoder-decoder's decoder.
     """
     _check_widths(config.model)
-    _check_layers(config.model, period)
+    _check_layers(config.model, periods)
     _check_objective(config)
     _check_mesh(config)
 
@@ -50,10 +50,11 @@ def _check_widths(model: "Model") -> None:
         "the same number of query heads.",
     )
     head_dim = model.head_dim or embed_dim // heads
+    rotated = round(head_dim * model.rotary_fraction)
     _require(
-        model.position != "rotary" or head_dim % 2 == 0,
-        f"rotary positions rotate pairs, so the width of a head must be even, not {head_dim}; change model.embed_dim, "
-        "model.num_heads or model.head_dim.",
+        model.position != "rotary" or (rotated > 0 and rotated % 2 == 0),
+        f"rotary positions rotate pairs, so the rotated width of a head must be even, not {rotated}; change "
+        "model.embed_dim, model.num_heads, model.head_dim or model.rotary_fraction.",
     )
     _require(
         model.position != "sinusoidal" or embed_dim % 2 == 0,
@@ -76,16 +77,31 @@ def _check_relative(buckets: int, max_distance: int) -> None:
     )
 
 
-def _check_layers(model: "Model", period: int) -> None:
+def _check_layers(model: "Model", periods: tuple[int, int]) -> None:
     windows = model.attention_windows
     _require(len(windows) > 0, "model.attention_windows is empty; (0,) is dense attention everywhere.")
     _require(min(windows, default=0) >= 0, f"model.attention_windows {windows} holds a negative window; 0 is dense.")
-    for name in ("num_layers", "num_decoder_layers"):
-        layers = getattr(model, name)
+    two = model.architecture == "encoder_decoder"
+    depths = {"num_layers": model.num_layers}
+    if two:
+        depths["num_decoder_layers"] = model.num_decoder_layers or model.num_layers
+    for (name, layers), period in zip(depths.items(), periods, strict=False):
         _require(
-            not model.scan_layers or layers is None or layers % period == 0,
+            not model.scan_layers or layers % period == 0,
             f"model.{name} ({layers}) is not a multiple of {period}, the period in which layers alternate "
             "(model.attention_windows, model.experts.every); change it, or set model.scan_layers=False.",
+        )
+    experts = model.experts
+    if experts.num_experts:
+        _require(
+            experts.top_k <= experts.num_experts,
+            f"model.experts.top_k ({experts.top_k}) is more than model.experts.num_experts ({experts.num_experts}).",
+        )
+        every = min(experts.every, (two and experts.decoder_every) or experts.every)
+        _require(
+            experts.first is None or experts.first < every,
+            f"model.experts.first ({experts.first}) must be below model.experts.every ({every}): layer "
+            f"{experts.first} is sparse, and every {every}th after it.",
         )
 
 
@@ -114,9 +130,9 @@ def _check_objective(config: "Config") -> None:
         f"regression needs model.num_classes=1, not {model.num_classes}.",
     )
     _require(
-        not (classifies and model.architecture == "decoder") or model.pooling == "mean",
+        not (classifies and model.architecture == "decoder") or model.pooling != "first",
         f"classification reads the state of one token (model.pooling={model.pooling!r}), and a decoder's first token "
-        "sees no other: set model.pooling='mean'.",
+        "sees no other: set model.pooling='last' or 'mean'.",
     )
     _require(
         model.position != "learned" or data.length <= model.max_length,

@@ -155,7 +155,7 @@ ENCODER = {"architecture": "encoder", "heads": ["mlm", "classification"]}
         ),
         (
             {"objective": {"name": "classification"}, "model": {"heads": ["classification"]}},
-            "a decoder's first token sees no other: set model.pooling='mean'",
+            "a decoder's first token sees no other: set model.pooling='last' or 'mean'",
         ),
         ({"data": {"length": 2048}}, r"data.length \(2048\) is more than model.max_length \(1024\)"),
         ({"mesh": {"fsdp": -1}}, "only one axis of config.mesh may be -1"),

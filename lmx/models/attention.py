@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from lmx.config import Model
 from lmx.kernels import attention as kernels
 from lmx.kernels.attention import Mask
-from lmx.models.layers import Projection, residual_scale
+from lmx.models.layers import Norm, Projection, residual_scale
 from lmx.models.positions import rotate
 
 
@@ -57,9 +57,11 @@ class Attention(nn.Module):
         # Unscaled scores keep unit variance when the query starts smaller (T5, Mesh TensorFlow's fan-in rule).
         folded = head_dim**-0.5 if config.attention_scale == "none" and config.initializer == "fan_in" else 1.0
         shape, axes = (config.num_heads, head_dim), ("embed", "heads", "head_dim")
-        query = Projection(config, shape, axes, init_scale=folded, name="query")(x)
+        query = Projection(config, shape, axes, init_scale=folded, use_bias=self._has_bias("qkv"), name="query")(x)
+        if config.query_key_norm:
+            query = Norm(config, "head_dim", name="query_norm")(query)
         if config.position == "rotary" and not self.cross:
-            query = rotate(query, positions, config.rotary_base)
+            query = rotate(query, positions, config)
         key, value = self._keys_and_values(context, head_dim, positions, cache)
         names = ("batch", "length", "heads", "head_dim")
         query = nn.with_logical_constraint(query, names)
@@ -78,8 +80,14 @@ class Attention(nn.Module):
         self.sow("intermediates", "weights", weights)
         output = nn.with_logical_constraint(output, names)
         axes = ("heads", "head_dim", "embed")
-        scale = residual_scale(config)
-        return Projection(config, (config.embed_dim,), axes, num_inputs=2, init_scale=scale, name="out")(output)
+        scale, bias = residual_scale(config), self._has_bias("all")
+        out = Projection(config, (config.embed_dim,), axes, num_inputs=2, init_scale=scale, use_bias=bias, name="out")
+        return out(output)
+
+    def _has_bias(self, least: str) -> bool:
+        """Whether projections have biases that are there when ``config.attention_bias`` is ``least`` or more."""
+        chosen = self.config.attention_bias
+        return self.config.use_bias if chosen is None else chosen in (least, "all")
 
     def _keys_and_values(self, context, head_dim, positions, cache):
         """Keys and values of ``context``, or of all slots of the cache once ``context`` has been put there."""
@@ -88,10 +96,13 @@ class Attention(nn.Module):
             return self.get_variable("cache", "cached_key"), self.get_variable("cache", "cached_value")
         kv_heads = config.num_kv_heads or config.num_heads
         axes = ("embed", "kv_heads", "head_dim")
-        key = Projection(config, (kv_heads, head_dim), axes, name="key")(context)
-        value = Projection(config, (kv_heads, head_dim), axes, name="value")(context)
+        bias = self._has_bias("qkv")
+        key = Projection(config, (kv_heads, head_dim), axes, use_bias=bias, name="key")(context)
+        value = Projection(config, (kv_heads, head_dim), axes, use_bias=bias, name="value")(context)
+        if config.query_key_norm:
+            key = Norm(config, "head_dim", name="key_norm")(key)
         if config.position == "rotary" and not self.cross:
-            key = rotate(key, positions, config.rotary_base)
+            key = rotate(key, positions, config)
         names = ("batch", "length", "kv_heads", "head_dim")
         key, value = (nn.with_logical_constraint(x, names) for x in (key, value))
         if cache is None:

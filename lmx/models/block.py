@@ -30,7 +30,8 @@ class Block(nn.Module):
 
     Post-norm is Vaswani et al. 2017, section 3.1: ``H = LayerNorm(H + SelfAttention(H))``, then
     ``H = LayerNorm(H + FFN(H))``. Pre-norm is ``H = H + SelfAttention(LayerNorm(H))`` and so on (GPT-2,
-    section 2.3). Dropout is on each sub-layer's output, before the sum.
+    section 2.3); in parallel, ``H + SelfAttention(LayerNorm(H)) + FFN(LayerNorm'(H))`` (GPT-NeoX, section 2.1.2).
+    Dropout is on each sub-layer's output, before the sum.
 
     Attributes:
       window: see :class:`Attention`.
@@ -69,10 +70,20 @@ class Block(nn.Module):
                 return SwitchFeedForward(config, name="experts")(h, context.mask.query_segments, train)
             return FeedForward(config, name="mlp")(h, train)
 
+        if config.parallel_residual:
+            return self._parallel({"attention_norm": self_attention, "mlp_norm": feed_forward}, x, train)
         x = self._residual("attention_norm", self_attention, x, train)
         if self.cross:
             x = self._residual("cross_attention_norm", cross_attention, x, train)
         return self._residual("mlp_norm", feed_forward, x, train)
+
+    def _parallel(self, sublayers, x, train):
+        """``x`` plus all sub-layers of it, each after its own norm."""
+        dropout = nn.Dropout(self.config.dropout, deterministic=not train)
+        x = x + sum(dropout(sublayer(Norm(self.config, name=name)(x))) for name, sublayer in sublayers.items())
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        self.sow("intermediates", "mlp_residual", x)
+        return x
 
     def _residual(self, norm_name, sublayer, x, train):
         """``x`` plus the sub-layer, with the norm before it or after the sum."""

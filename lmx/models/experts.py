@@ -1,4 +1,5 @@
-"""The Switch layer: a feed-forward network of which each token uses one expert (Fedus et al. 2021, section 2).
+"""The Switch layer: a feed-forward network of which each token uses one expert (Fedus et al. 2021, section 2), or
+a few (Mixtral: Jiang et al. 2024, section 2.1).
 
 Routing groups are rows of the batch. Capacity and losses are therefore a property of a row alone, and do not
 change with micro-batches, devices or hosts.
@@ -23,15 +24,15 @@ class Routing:
     """Where each token goes.
 
     Attributes:
-      dispatch: 1 where the token fills that slot of that expert.
-      combine: the same times the router's probability.
+      gates: the factor on each expert's output; 0 where the token is not sent, or found the expert full.
+      slots: the token's place among those sent to that expert, from 0; -1 where it is not sent or the expert is full.
       load_balance: the paper's equation 4 without alpha, a value a row.
       router_z: the mean squared log-partition of the router (Zoph et al. 2022, equation 5), a value a row.
-      dropped: fraction of a row's tokens that found their expert full.
+      dropped: fraction of a row's choices that found their expert full.
     """
 
-    dispatch: Float[Array, "batch length experts capacity"]
-    combine: Float[Array, "batch length experts capacity"]
+    gates: Float[Array, "batch length experts"]
+    slots: Int[Array, "batch length experts"]
     load_balance: Float[Array, " batch"]
     router_z: Float[Array, " batch"]
     dropped: Float[Array, " batch"]
@@ -43,29 +44,45 @@ def expert_capacity(length: int, num_experts: int, capacity_factor: float) -> in
     return min(length, max(1, math.ceil(slots)))
 
 
-def route(logits: Float[Array, "batch length experts"], segments: Int[Array, "batch length"], capacity: int) -> Routing:
-    """Top-1 routing with capacity; earlier tokens have precedence. Padding (segment 0) goes nowhere.
+def route(
+    logits: Float[Array, "batch length experts"],
+    segments: Int[Array, "batch length"],
+    capacity: int,
+    top_k: int = 1,
+    normalize: bool = False,
+) -> Routing:
+    """Top-k routing with capacity. Padding (segment 0) goes nowhere.
 
-    Equations of Fedus et al. 2021: ``loss = N sum_i f_i P_i`` (4), ``f_i`` the fraction of tokens whose largest
-    probability is expert i's (5), ``P_i`` the mean probability of expert i (6); means are over a row's tokens.
+    Earlier tokens have precedence, and all first choices come before second ones (GShard: Lepikhin et al. 2020,
+    algorithm 1). Equations of Fedus et al. 2021: ``loss = N sum_i f_i P_i`` (4), ``f_i`` the fraction of tokens sent
+    to expert i (5; it sums to k), ``P_i`` the mean probability of expert i (6); means are over a row's tokens.
+
+    Args:
+      capacity: slots of an expert; 0 is no limit.
+      top_k: experts that a token is sent to.
+      normalize: the gates of a token sum to 1; else they are the router's probabilities.
     """
-    num_experts = logits.shape[-1]
+    batch, length, num_experts = logits.shape
     real = (segments > 0).astype(jnp.float32)
     count = jnp.maximum(real.sum(-1), 1.0)  # a row of padding alone has losses of zero
     probabilities = jax.nn.softmax(logits, axis=-1)
-    gate = probabilities.max(-1) * real
-    chosen = jax.nn.one_hot(probabilities.argmax(-1), num_experts) * real[..., None]
-    slot = (jnp.cumsum(chosen, axis=1) * chosen).sum(-1).astype(jnp.int32) - 1  # -1 for padding: no slot
-    dispatch = chosen[..., None] * jax.nn.one_hot(slot, capacity)[:, :, None, :]  # beyond capacity: no slot
-    fraction = chosen.sum(1) / count[:, None]
+    gates, chosen = jax.lax.top_k(probabilities, top_k)
+    if normalize:
+        gates /= gates.sum(-1, keepdims=True)
+    choices = jax.nn.one_hot(chosen, num_experts) * real[..., None, None]  # [batch, length, k, experts]
+    sent = choices.sum(2)
+    in_order = choices.swapaxes(1, 2).reshape(batch, top_k * length, num_experts)  # all first choices come first
+    place = (jnp.cumsum(in_order, axis=1) * in_order).reshape(batch, top_k, length, num_experts).sum(1)
+    kept = sent * (place <= capacity) if capacity else sent
+    fraction = sent.sum(1) / count[:, None]
     mean_probability = (probabilities * real[..., None]).sum(1) / count[:, None]
     log_partition = jax.nn.logsumexp(logits, axis=-1)
     return Routing(
-        dispatch=dispatch,
-        combine=dispatch * gate[:, :, None, None],
+        gates=(choices * gates[..., None]).sum(2) * kept,
+        slots=(place * kept).astype(jnp.int32) - 1,
         load_balance=num_experts * (fraction * mean_probability).sum(-1),
         router_z=(log_partition**2 * real).sum(-1) / count,
-        dropped=(real.sum(-1) - dispatch.sum((1, 2, 3))) / count,
+        dropped=(sent - kept).sum((1, 2)) / (top_k * count),
     )
 
 
@@ -95,6 +112,9 @@ class ExpertProjection(nn.Module):
 class SwitchFeedForward(nn.Module):
     """Sparse feed-forward. Tokens that find their expert full get zero here, and so pass by the residual.
 
+    Without a limit of capacity every expert computes every token, and the gates choose: nothing is dropped, at
+    ``experts / top_k`` times the work.
+
     Sows into collection "experts", a value a row: ``load_balance`` and ``router_z`` times their weights (to be
     added to the loss), and ``dropped``.
     """
@@ -105,11 +125,22 @@ class SwitchFeedForward(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length embed"], segments: Int[Array, "batch length"], train: bool = False
     ) -> Float[Array, "batch length embed"]:
-        config, experts = self.config, self.config.experts
-        routing = self._route(x, segments, train)
+        config = self.config
+        capacity = self._capacity(x.shape[1], train)
+        routing = self._route(x, segments, capacity, train)
         dtype = jnp.dtype(config.dtype)
+        x, gates = x.astype(dtype), routing.gates.astype(dtype)
+        if capacity:
+            dispatch = jax.nn.one_hot(routing.slots, capacity, dtype=dtype)
+            output = self._experts(jnp.einsum("blxc,ble->bxce", dispatch, x), train)
+            return jnp.einsum("blxc,bxce->ble", dispatch * gates[..., None], output)
+        every = jnp.broadcast_to(x[:, None], (x.shape[0], config.experts.num_experts, *x.shape[1:]))
+        return jnp.einsum("blx,bxle->ble", gates, self._experts(every, train))
+
+    def _experts(self, slots, train):
+        """Each expert's feed-forward network over its slots."""
+        config = self.config
         names = ("batch", "experts", "capacity", None)
-        slots = jnp.einsum("blxc,ble->bxce", routing.dispatch.astype(dtype), x.astype(dtype))
         slots = nn.with_logical_constraint(slots, names)
         axes = ("experts", "embed", "mlp")
         hidden = ExpertProjection(config, config.mlp_dim, axes, name="in")(slots)
@@ -118,13 +149,20 @@ class SwitchFeedForward(nn.Module):
             hidden = activation(ExpertProjection(config, config.mlp_dim, axes, name="gate")(slots)) * hidden
         else:
             hidden = activation(hidden)
-        hidden = nn.Dropout(max(experts.dropout, config.mlp_dropout), deterministic=not train)(hidden)
+        hidden = nn.Dropout(max(config.experts.dropout, config.mlp_dropout), deterministic=not train)(hidden)
         axes = ("experts", "mlp", "embed")
         output = ExpertProjection(config, config.embed_dim, axes, residual_scale(config), name="out")(hidden)
-        output = nn.with_logical_constraint(output, names)
-        return jnp.einsum("blxc,bxce->ble", routing.combine.astype(dtype), output)
+        return nn.with_logical_constraint(output, names)
 
-    def _route(self, x, segments, train):
+    def _capacity(self, length, train):
+        """Slots of each expert; 0 is no limit."""
+        experts = self.config.experts
+        factor = experts.capacity_factor if train else experts.eval_capacity_factor
+        if experts.capacity or not factor:
+            return min(experts.capacity, length)
+        return expert_capacity(length, experts.num_experts, factor)
+
+    def _route(self, x, segments, capacity, train):
         """Router in float32, whatever the compute type (section 2.4)."""
         experts = self.config.experts
         x = x.astype(jnp.float32)
@@ -134,13 +172,11 @@ class SwitchFeedForward(nn.Module):
         config = dataclasses.replace(self.config, dtype="float32")
         axes = ("embed", "experts")
         logits = Projection(config, (experts.num_experts,), axes, use_bias=False, name="router")(x)
-        factor = experts.capacity_factor if train else experts.eval_capacity_factor
-        capacity = expert_capacity(x.shape[1], experts.num_experts, factor)
-        routing = route(logits, segments, capacity)
+        routing = route(logits, segments, capacity, experts.top_k, experts.normalize_gates)
         self._sow("load_balance", experts.load_balance_weight * routing.load_balance)
         self._sow("router_z", experts.z_loss_weight * routing.router_z)
         self._sow("dropped", routing.dropped)
-        self.sow("intermediates", "dispatch", routing.dispatch)
+        self.sow("intermediates", "gates", routing.gates)
         return routing
 
     def _sow(self, name, value):

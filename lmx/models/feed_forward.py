@@ -34,14 +34,15 @@ class FeedForward(nn.Module):
         self, x: Float[Array, "batch length embed"], train: bool = False
     ) -> Float[Array, "batch length embed"]:
         config = self.config
-        axes = ("embed", "mlp")
-        hidden = Projection(config, (config.mlp_dim,), axes, name="in")(x)
+        axes, bias = ("embed", "mlp"), config.mlp_bias
+        hidden = Projection(config, (config.mlp_dim,), axes, use_bias=bias, name="in")(x)
         activation = ACTIVATIONS[config.activation]
         if is_gated(config):
-            hidden = activation(Projection(config, (config.mlp_dim,), axes, name="gate")(x)) * hidden
+            hidden = activation(Projection(config, (config.mlp_dim,), axes, use_bias=bias, name="gate")(x)) * hidden
         else:
             hidden = activation(hidden)
         hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
         hidden = nn.Dropout(config.mlp_dropout, deterministic=not train)(hidden)
         scale = residual_scale(config)
-        return Projection(config, (config.embed_dim,), ("mlp", "embed"), init_scale=scale, name="out")(hidden)
+        out = Projection(config, (config.embed_dim,), ("mlp", "embed"), init_scale=scale, use_bias=bias, name="out")
+        return out(hidden)

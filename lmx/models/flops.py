@@ -1,14 +1,14 @@
 """Floating-point operations of the model's matrix products, counted from its config."""
 
-from lmx.config import Model
+from lmx.config import Model, is_sparse
 from lmx.models.feed_forward import is_gated
 
 
 def forward_flops(model: Model, length: int, source_length: int = 0) -> float:
     """FLOPs of one row's forward pass; training costs three times as much.
 
-    A multiply-add is two. Counted are all matrix products: projections, feed-forward (of a Switch layer one
-    expert a token, whatever the capacity), scores and values, and the output layer at every position. A causal
+    A multiply-add is two. Counted are all matrix products: projections, feed-forward (of a sparse layer
+    top_k experts a token, whatever the capacity), scores and values, and the output layer at every position. A causal
     row's attention counts the keys that a query may see (half of them, on average); lookups, norms and softmax
     count as nothing.
 
@@ -27,9 +27,10 @@ def forward_flops(model: Model, length: int, source_length: int = 0) -> float:
     def stack(layers: int, tokens: int, causal: bool, source: int = 0) -> float:
         total = 0.0
         for index in range(layers):
+            uses = model.experts.top_k if is_sparse(model, index, decoder=source > 0) else 1
             window = model.attention_windows[index % len(model.attention_windows)] or tokens
             seen = min(window, (tokens + 1) / 2) if causal else min(2 * window - 1, tokens)
-            total += attention(tokens, tokens, seen) + 2 * tokens * mlp
+            total += attention(tokens, tokens, seen) + 2 * tokens * mlp * uses
             if source:
                 total += attention(tokens, source, source)
         return total

@@ -37,7 +37,10 @@ class VocabularyLogits(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """Dense, activation, norm, then the vocabulary with a bias (BERT's code, ``cls/predictions``)."""
+    """Dense, the feed-forward's activation, norm, then the vocabulary with a bias (BERT's code, ``cls/predictions``).
+
+    Where the feed-forward is gated, its activation without the gate.
+    """
 
     config: Model
 
@@ -47,15 +50,44 @@ class MaskedLMHead(nn.Module):
     ) -> Float[Array, "... vocab"]:
         config = self.config
         hidden = Projection(config, (config.embed_dim,), ("embed", "mlp"), name="dense")(hidden)
-        hidden = Norm(config, name="norm")(ACTIVATIONS["gelu"](hidden))
+        hidden = Norm(config, name="norm")(ACTIVATIONS[config.activation](hidden))
         return VocabularyLogits(config, use_bias=True, name="vocabulary")(hidden, table)
 
 
-class ClassificationHead(nn.Module):
-    """A pooled vector, dense, tanh, then the classes (Devlin et al. 2019, section 3 and its code's pooler).
+def pool(
+    hidden: Float[Array, "batch length embed"], segments: Int[Array, "batch length"], how: str
+) -> Float[Array, "batch embed"]:
+    """The first or last token's state, or the mean over the tokens of each row; padding may stand on either side.
 
-    The vector is the row's first token, or the mean over its tokens; packed rows are not for classification.
+    Packed rows are not for pooling.
     """
+    real = segments > 0
+    if how == "mean":
+        weights = real.astype(hidden.dtype)[..., None]
+        return (hidden * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
+    place = jnp.argmax(real, axis=1) if how == "first" else real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
+
+
+class Pooler(nn.Module):
+    """One vector a row: pooled, then dense and its activation (BERT's code, ``pooler``)."""
+
+    config: Model
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[Array, "batch length embed"], segments: Int[Array, "batch length"]
+    ) -> Float[Array, "batch embed"]:
+        config = self.config
+        pooled = pool(hidden, segments, config.pooling)
+        if config.pooler == "none":
+            return pooled
+        activation = {"tanh": jnp.tanh, "relu": jax.nn.relu}[config.pooler]
+        return activation(Projection(config, (config.embed_dim,), ("embed", "mlp"), name="dense")(pooled))
+
+
+class ClassificationHead(nn.Module):
+    """The pooled vector, then the classes (Devlin et al. 2019, section 4.1)."""
 
     config: Model
 
@@ -64,14 +96,10 @@ class ClassificationHead(nn.Module):
         self, hidden: Float[Array, "batch length embed"], segments: Int[Array, "batch length"], train: bool = False
     ) -> Float[Array, "batch classes"]:
         config = self.config
-        if config.pooling == "first":
-            pooled = hidden[:, 0]
-        else:
-            real = (segments > 0).astype(hidden.dtype)[..., None]
-            pooled = (hidden * real).sum(1) / jnp.maximum(real.sum(1), 1)
-        pooled = jnp.tanh(Projection(config, (config.embed_dim,), ("embed", "mlp"), name="dense")(pooled))
+        pooled = Pooler(config, name="pooler")(hidden, segments)
         pooled = nn.Dropout(config.head_dropout, deterministic=not train)(pooled)
-        logits = Projection(config, (config.num_classes,), ("embed", None), name="output")(pooled)
+        bias = config.pooler != "none"  # GPT-2's score has none
+        logits = Projection(config, (config.num_classes,), ("embed", None), use_bias=bias, name="output")(pooled)
         return logits.astype(jnp.float32)
 
 
@@ -87,7 +115,8 @@ class Heads(nn.Module):
             "lm": lambda: VocabularyLogits(config),
             "mlm": lambda: MaskedLMHead(config),
             "classification": lambda: ClassificationHead(config),
-            "span": lambda: Projection(config, (2,), ("embed", None)),
+            "span": lambda: Projection(config, (2,), ("embed", None), use_bias=True),
+            "pooler": lambda: Pooler(config),
         }
         for name in config.heads:
             setattr(self, name, makers[name]())

@@ -76,9 +76,14 @@ class Projection(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last axis, computed in float32."""
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last axis, computed in float32.
+
+    Attributes:
+      axis: logical name of the last axis.
+    """
 
     config: Model
+    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
@@ -87,9 +92,9 @@ class Norm(nn.Module):
         if config.norm == "layernorm":
             y -= y.mean(-1, keepdims=True)
         y *= jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + config.norm_epsilon)
-        y *= self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (width,))
+        y *= self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (width,))
         if config.norm == "layernorm" and config.use_bias:
-            y += self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (width,))
+            y += self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), (width,))
         return y.astype(config.dtype)
 
 

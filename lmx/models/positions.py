@@ -1,5 +1,7 @@
 """How order enters: sinusoids, rotations, and T5's relative buckets."""
 
+import math
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +18,63 @@ def sinusoidal(positions: Int[Array, "batch length"], embed_dim: int) -> Float[A
 
 
 def rotate(
-    x: Float[Array, "batch length heads head_dim"], positions: Int[Array, "batch length"], base: float
+    x: Float[Array, "batch length heads head_dim"], positions: Int[Array, "batch length"], config: Model
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Rotary positions (Su et al. 2021, equation 34): dimension i is paired with i + head_dim/2."""
-    half = x.shape[-1] // 2
-    angles = positions[..., None, None] * base ** (-np.arange(half) / half)
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Rotary positions (Su et al. 2021, equation 34): of the r rotated dimensions, i is paired with i + r/2.
+
+    With ``rotary_fraction`` below 1 the others stay as they are (GPT-NeoX: Black et al. 2022, section 2.1.1).
+    """
+    width = round(x.shape[-1] * config.rotary_fraction)
+    frequencies, scale = rotary_frequencies(config, width, positions)
+    angles = positions[..., None, None] * frequencies
+    sin, cos = scale * jnp.sin(angles), scale * jnp.cos(angles)
+    rotated, rest = x[..., :width], x[..., width:]
+    first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
+
+
+def rotary_frequencies(
+    config: Model, width: int, positions: Int[Array, "batch length"]
+) -> tuple[Float[Array, " half"] | np.ndarray, float]:
+    """Radians a position for each pair of ``width`` dimensions, and the factor on sines and cosines.
+
+    Plain: ``base^(-2i/width)``. Scaled (``config.rotary_scaling``): linear is Chen et al. 2023; dynamic raises the
+    base by the length of the rows at hand (bloc97 2023, "NTK-aware"); llama3 is Llama 3.1's rule; yarn is Peng et al.
+    2023, equations 17 to 22.
+    """
+    scaling, base = config.rotary_scaling, config.rotary_base
+    exponents = np.arange(0, width, 2) / width
+    plain = base**-exponents
+    if scaling.kind == "none":
+        return plain, 1.0
+    if scaling.kind == "linear":
+        return plain / scaling.factor, 1.0
+    if scaling.kind == "dynamic":
+        length = jnp.maximum(positions.max() + 1, scaling.original_length)
+        grown = base * (scaling.factor * length / scaling.original_length - (scaling.factor - 1)) ** (
+            width / (width - 2)
+        )
+        return grown**-exponents, 1.0
+    if scaling.kind == "llama3":
+        turns = scaling.original_length * plain / (2 * np.pi)  # of each pair over the original length
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return kept * plain + (1 - kept) * plain / scaling.factor, 1.0
+
+    def dimension(turns: float) -> float:
+        """The pair that turns so many times over the original length."""
+        return width * np.log(scaling.original_length / (turns * 2 * np.pi)) / (2 * np.log(base))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    divided = np.clip((np.arange(width // 2) - low) / max(high - low, 0.001), 0, 1)
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return (1 - divided) * plain + divided * plain / scaling.factor, factor
 
 
 def relative_bucket(

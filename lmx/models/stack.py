@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lmx.config import Model, layer_period
+from lmx.config import Model, is_sparse, layer_period
 from lmx.models.block import Block, Context
 from lmx.models.layers import Norm
 from lmx.models.positions import RelativeBias
@@ -27,10 +27,9 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 
 def _block(config: Model, index: int, cross: bool, name: str, remat: bool = False) -> Block:
     """The layer that stands at ``index``, counted from 0."""
-    windows, experts = config.attention_windows, config.experts
-    sparse = experts.num_experts > 0 and index % experts.every == experts.every - 1
+    windows = config.attention_windows
     cls = nn.remat(Block, policy=REMAT_POLICIES[config.remat], prevent_cse=True) if remat else Block
-    return cls(config, windows[index % len(windows)], sparse, cross, name=name)
+    return cls(config, windows[index % len(windows)], is_sparse(config, index, decoder=cross), cross, name=name)
 
 
 class Period(nn.Module):
@@ -41,7 +40,7 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, x, context):
-        for index in range(layer_period(self.config)):
+        for index in range(layer_period(self.config, decoder=self.cross)):
             x = _block(self.config, index, self.cross, f"block_{index}")(x, context)
         return x, None
 
@@ -83,7 +82,7 @@ class Stack(nn.Module):
             variable_axes={"params": 0, "cache": 0, "intermediates": 0, "experts": 0},
             split_rngs={"params": True, "dropout": True, "jitter": True},
             in_axes=nn.broadcast,
-            length=self.num_layers // layer_period(config),
+            length=self.num_layers // layer_period(config, decoder=self.cross),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return layers(config, self.cross, name="layers")(x, context)[0]
@@ -111,8 +110,16 @@ def unroll_params(params: Mapping[str, Any]) -> dict[str, Any]:
     return unrolled
 
 
+def to_layout(params: Mapping[str, Any], config: Model) -> dict[str, Any]:
+    """Parameters in the layout (scanned or unrolled) that ``config.scan_layers`` asks for, whichever they are in."""
+    unrolled = unroll_params(params)
+    if not config.scan_layers:
+        return unrolled
+    return {name: stack_params(child, layer_period(config, name == "decoder")) for name, child in unrolled.items()}
+
+
 def stack_params(params: Mapping[str, Any], period: int) -> dict[str, Any]:
-    """The inverse of :func:`unroll_params`; ``period`` is :func:`lmx.config.layer_period` of the model."""
+    """The inverse of :func:`unroll_params` for a stack that repeats itself after ``period`` layers."""
     layers = {name: child for name, child in params.items() if re.fullmatch(r"layers_\d+", name)}
     stacked = {
         name: stack_params(child, period) if isinstance(child, Mapping) else child

@@ -35,7 +35,7 @@ class Embeddings(nn.Module):
         config = self.config
         self.tokens = Table(config, config.vocab_size, "vocab")
         if config.position == "learned":
-            self.positions = Table(config, config.max_length)
+            self.positions = Table(config, config.max_length + config.position_offset)
         if config.num_token_types:
             self.token_types = Table(config, config.num_token_types)
         if config.embedding_norm:
@@ -54,7 +54,7 @@ class Embeddings(nn.Module):
         if config.scale_embeddings:
             x = x * math.sqrt(config.embed_dim)
         if config.position == "learned":
-            x = x + self.positions()[positions]
+            x = x + self.positions()[positions + config.position_offset]
         elif config.position == "sinusoidal":
             x = x + sinusoidal(positions, config.embed_dim).astype(x.dtype)
         if config.num_token_types:
@@ -90,6 +90,8 @@ class Transformer(nn.Module):
             outputs["lm_logits"] = self.lm_logits(hidden)
         if "mlm" in self.config.heads:
             outputs["mlm_logits"] = self.mlm_logits(hidden)
+        if "pooler" in self.config.heads:
+            outputs["pooled"] = self.heads.pooler(hidden, _segments(batch, self._last_prefix()))
         if "classification" in self.config.heads:
             outputs["classification_logits"] = self.classify(hidden, batch, train)
         if "span" in self.config.heads:

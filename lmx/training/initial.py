@@ -1,6 +1,5 @@
 """Where parameters come from, in this order: the run's own checkpoint, another run (``train.init_from``), scratch."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,9 +7,9 @@ import jax
 import optax
 from rich.console import Console
 
-from lmx.config import Config, Model, layer_period
+from lmx.config import Config
 from lmx.errors import CheckpointError
-from lmx.models.stack import stack_params, unroll_params
+from lmx.models.stack import to_layout
 from lmx.parallel.compile import call_in_mesh
 from lmx.parallel.sharding import like_params, param_shardings
 from lmx.training.checkpoints import Checkpoints
@@ -63,14 +62,14 @@ def check_init_from(experiment: Experiment) -> None:
     if source:
         with Checkpoints(source, read_only=True) as checkpoints:
             saved = checkpoints.abstract_params()
-        found = jax.eval_shape(lambda params: as_layout(params, experiment.config.model), saved)
+        found = jax.eval_shape(lambda params: to_layout(params, experiment.config.model), saved)
         _take_over(source, nn.meta.unbox(experiment.abstract_params()), found)
 
 
 def _taken_over(config: Config, params: Any) -> tuple[Any, list[str]]:
     """The other run's parameters in the layout of ``params``, and the names of those kept fresh (heads only)."""
     with Checkpoints(config.train.init_from, read_only=True) as checkpoints:
-        found = as_layout(checkpoints.restore_params(), config.model)
+        found = to_layout(checkpoints.restore_params(), config.model)
     return _take_over(config.train.init_from, params, found)
 
 
@@ -97,9 +96,3 @@ def _take_over(source: str, params: Any, found: Any) -> tuple[Any, list[str]]:
 
 def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def as_layout(params: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    """Parameters in the layout (scanned or unrolled) that ``model.scan_layers`` asks for, whichever they are in."""
-    unrolled = unroll_params(params)
-    return stack_params(unrolled, layer_period(model)) if model.scan_layers else unrolled

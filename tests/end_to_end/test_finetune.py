@@ -56,7 +56,7 @@ def test_fine_tuning_takes_the_body_and_a_fresh_head_and_learns(body, reviews, t
     settings = ("train.steps=120", "optimizer.learning_rate=0.01", "model.dropout=0.0", "model.head_dropout=0.0")
     done = finetune(body, reviews, tmp_path / "run", *settings)
     told = " ".join(done.stdout.split())
-    assert "fresh: heads/classification/dense/bias" in told and "config.tokenizer is not used" in told
+    assert "fresh: heads/classification/output/bias" in told and "config.tokenizer is not used" in told
     predicted = lmx("predict", "--workdir", tmp_path / "run", "--text", "a great film", "--text", "a dull film")
     first, second = (json.loads(line) for line in predicted.stdout.splitlines())
     assert (first["label"], second["label"]) == ("positive", "negative")

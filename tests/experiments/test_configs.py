@@ -129,7 +129,7 @@ EXACT = {
 def test_parameters_are_those_of_the_released_checkpoint(name, variant):
     params = abstract_params(get(name, variant).model)
     heads = params.pop("heads", {})
-    pooler = heads["classification"]["dense"] if "classification" in heads else {}
+    pooler = heads["classification"]["pooler"] if "classification" in heads else {}
     assert num_params(params) + num_params(pooler) == EXACT[name, variant]
 
 

@@ -41,20 +41,41 @@ def test_dispatch_is_first_come_first_served_and_padding_goes_nowhere():
     for row in range(BATCH):
         filled, dropped, real = [0] * EXPERTS, 0, 0
         for t in range(LENGTH):
-            expected = np.zeros((EXPERTS, capacity))
+            slots = np.full(EXPERTS, -1)
             if SEGMENTS[row, t] > 0:
                 real += 1
                 expert = int(np.argmax(logits[row, t]))
                 if filled[expert] < capacity:
-                    expected[expert, filled[expert]] = 1
+                    slots[expert] = filled[expert]
                     filled[expert] += 1
                 else:
                     dropped += 1
-            np.testing.assert_array_equal(found.dispatch[row, t], expected)
+            np.testing.assert_array_equal(found.slots[row, t], slots)
             gate = softmax(logits[row, t]).max()
-            np.testing.assert_allclose(found.combine[row, t], expected * gate, rtol=1e-5)
+            np.testing.assert_allclose(found.gates[row, t], (slots >= 0) * gate, rtol=1e-5)
         np.testing.assert_allclose(found.dropped[row], dropped / max(real, 1), atol=1e-6)
     assert found.dropped[0] > 0
+
+
+def test_second_choices_come_after_all_first_ones():
+    order = np.array([[[3.0, 2, 1, 0], [0, 3, 2, 1], [3, 2, 0, 1]]])  # choices: 0 and 1, 1 and 2, 0 and 1
+    found = route(jnp.asarray(order), jnp.ones((1, 3), jnp.int32), capacity=2, top_k=2, normalize=True)
+    np.testing.assert_array_equal(found.slots[0], [[0, 1, -1, -1], [-1, 0, 0, -1], [1, -1, -1, -1]])
+    first = 1 / (1 + np.exp(-1.0))
+    np.testing.assert_allclose(
+        found.gates[0], [[first, 1 - first, 0, 0], [0, first, 1 - first, 0], [first, 0, 0, 0]], rtol=1e-6
+    )
+    np.testing.assert_allclose(found.dropped, 1 / 6, rtol=1e-6)
+
+
+def test_without_a_limit_nothing_is_dropped_and_the_result_is_that_of_ample_room():
+    module, params, x, segments = layer(experts={"top_k": 2, "capacity": LENGTH})
+    ample = module.apply(params, x, segments)
+    module, *_ = layer(experts={"top_k": 2, "eval_capacity_factor": 0.0})
+    found, state = module.apply(params, x, segments, mutable=["experts"])
+    np.testing.assert_allclose(found, ample, atol=1e-6)
+    np.testing.assert_array_equal(state["experts"]["dropped"], 0.0)
+    assert np.abs(np.asarray(found)).max() > 1e-3
 
 
 def test_perfect_balance_costs_one():
@@ -119,7 +140,7 @@ def test_one_expert_is_the_dense_layer(activation):
 def test_dropped_tokens_get_exactly_zero():
     module, params, x, segments = layer(eval_factor=0.5)
     found, state = module.apply(params, x, segments, mutable=["experts", "intermediates"])
-    kept = np.asarray(state["intermediates"]["dispatch"][0]).sum((2, 3)) > 0
+    kept = np.asarray(state["intermediates"]["gates"][0]).sum(-1) > 0
     assert kept.any() and not kept[np.asarray(segments) > 0].all()
     np.testing.assert_array_equal(np.asarray(found)[~kept], 0.0)
     assert (np.abs(np.asarray(found)[kept]).max(-1) > 1e-3).all()

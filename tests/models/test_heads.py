@@ -47,15 +47,20 @@ def test_masked_language_model_head_is_berts():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize("pooling", ["first", "mean", "last"])
 def test_classification_pools_without_padding(pooling):
     config = small("encoder", heads=("classification",), num_classes=3, pooling=pooling)
     batch = example(config) | {"segments": SEGMENTS}
     found, params = call(config, "classify", states(), batch)
     head = params["heads"]["classification"]
     hidden = np.asarray(states(), np.float64)
-    pooled = {"first": hidden[:, 0], "mean": np.stack([hidden[0, :3].mean(0), hidden[1].mean(0)])}[pooling]
-    pooled = np.tanh(pooled @ head["dense"]["kernel"] + head["dense"]["bias"])
+    pooled = {
+        "first": hidden[:, 0],
+        "mean": np.stack([hidden[0, :3].mean(0), hidden[1].mean(0)]),
+        "last": np.stack([hidden[0, 2], hidden[1, -1]]),
+    }[pooling]
+    dense = head["pooler"]["dense"]
+    pooled = np.tanh(pooled @ dense["kernel"] + dense["bias"])
     np.testing.assert_allclose(found, pooled @ head["output"]["kernel"] + head["output"]["bias"], atol=1e-5)
 
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmx.models.positions import relative_bucket, rotate, sinusoidal
+from lmx.config import RotaryScaling
+from lmx.models.positions import relative_bucket, rotary_frequencies, rotate, sinusoidal
 from tests.models.reference import build, example, small
 
 
@@ -28,7 +29,7 @@ def test_rotation_by_hand():
         c * math.cos(fast) + a * math.sin(fast),
         d * math.cos(slow) + b * math.sin(slow),
     ]
-    np.testing.assert_allclose(rotate(x, jnp.array([[5]]), 100.0)[0, 0, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(rotate(x, jnp.array([[5]]), small(position="rotary", rotary_base=100.0))[0, 0, 0], expected, atol=1e-6)
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -36,11 +37,49 @@ def test_rotary_scores_depend_on_distance_alone():
     query, key = (jnp.asarray(rng.standard_normal((1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def score(at, to):
-        return float((rotate(query, jnp.array([[at]]), 1e4) * rotate(key, jnp.array([[to]]), 1e4)).sum())
+        config = small(position="rotary")
+        return float((rotate(query, jnp.array([[at]]), config) * rotate(key, jnp.array([[to]]), config)).sum())
 
     np.testing.assert_allclose(score(3, 1), score(13, 11), atol=1e-4)
     assert abs(score(3, 1) - score(3, 2)) > 1e-2
     np.testing.assert_allclose(score(4, 4), float((query * key).sum()), atol=1e-5)
+
+
+def test_a_fraction_rotates_the_first_dimensions_alone():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 2, 8)), jnp.float32)
+    positions = jnp.array([[2, 3, 9]])
+    part = rotate(x, positions, small(position="rotary", rotary_fraction=0.5))
+    np.testing.assert_array_equal(part[..., 4:], x[..., 4:])
+    np.testing.assert_allclose(part[..., :4], rotate(x[..., :4], positions, small(position="rotary")), atol=1e-6)
+
+
+def frequencies(length=8, **scaling):
+    config = small(position="rotary", rotary_scaling=RotaryScaling(original_length=64, **scaling))
+    return rotary_frequencies(config, 8, jnp.arange(length)[None])
+
+
+def test_scaled_frequencies_by_hand():
+    plain = 10000.0 ** (-np.arange(4) / 4)  # turns over 64 tokens: 10.2, 1.02, 0.102, 0.0102
+    found, scale = frequencies(kind="linear", factor=4.0)
+    np.testing.assert_allclose(found, plain / 4)
+    assert scale == 1.0
+    found, _ = frequencies(kind="llama3", factor=4.0, low_frequency_factor=0.5, high_frequency_factor=2.0)
+    kept = (64 / (2 * np.pi / plain[1]) - 0.5) / 1.5  # of the second pair; the first stays, the others are divided
+    np.testing.assert_allclose(found, plain * [1, kept + (1 - kept) / 4, 1 / 4, 1 / 4])
+    # The pair that turns 4 times is 8 ln(64/8pi) / (2 ln 1e4) = 0.41, and that turns 0.05 times 2.3: from 0 to 3.
+    found, scale = frequencies(kind="yarn", factor=4.0, beta_fast=4.0, beta_slow=0.05)
+    divided = np.array([0, 1 / 3, 2 / 3, 1])
+    np.testing.assert_allclose(found, plain * (1 - divided) + plain / 4 * divided)
+    np.testing.assert_allclose(scale, 0.1 * math.log(4) + 1)
+
+
+def test_dynamic_scaling_grows_with_the_row():
+    plain = 10000.0 ** (-np.arange(4) / 4)
+    short, _ = frequencies(kind="dynamic", factor=2.0, length=64)
+    np.testing.assert_allclose(short, plain, rtol=1e-5)
+    grown, _ = frequencies(kind="dynamic", factor=2.0, length=128)
+    base = 10000.0 * (2 * 128 / 64 - 1) ** (8 / 6)
+    np.testing.assert_allclose(grown, base ** (-np.arange(4) / 4), rtol=1e-5)
 
 
 # T5's usual 32 buckets up to distance 128. Bidirectional: 16 a side, 8 of them exact, then
