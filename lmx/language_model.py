@@ -22,7 +22,7 @@ from lmx.errors import CheckpointError, LmxError, nearest
 from lmx.generation.decode import bucket, generate, pad_prompts
 from lmx.models.heads import num_params
 from lmx.models.stack import unroll_params
-from lmx.models.transformer import Transformer
+from lmx.models.transformer import Transformer, init_params
 from lmx.objectives import Objective, make_objective
 from lmx.objectives.causal import Causal
 from lmx.objectives.classification import Classification
@@ -319,10 +319,7 @@ def _hidden_states(model, params, batch):
 
 def _layout(model: Transformer) -> PyTree:
     """Names, shapes and types of the parameters, on the first device; computes nothing."""
-    two = model.config.architecture == "encoder_decoder"
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    batch = dict.fromkeys(("encoder_tokens", "decoder_tokens") if two else ("tokens",), tokens)
-    params = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))["params"]
+    params = nn.meta.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params)
 

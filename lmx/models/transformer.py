@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from lmx.config import Model
 from lmx.errors import ConfigError
@@ -178,3 +178,17 @@ class Transformer(nn.Module):
 def _segments(batch: Batch, prefix: str) -> Int[Array, "batch length"]:
     segments = batch.get(f"{prefix}segments")
     return jnp.ones_like(batch[f"{prefix}tokens"]) if segments is None else segments
+
+
+def init_params(model: Transformer, key: Key[Array, ""], rows: int = 1) -> PyTree:
+    """Fresh parameters, boxed with the logical names of their axes.
+
+    Args:
+      rows: of the batch that initialization runs on; a multiple of the parts that a mesh cuts a batch into, so that
+        the activations' sharding constraints can be met.
+    """
+    two = model.config.architecture == "encoder_decoder"
+    tokens = jnp.zeros((rows, 1), jnp.int32)
+    batch = dict.fromkeys(("encoder_tokens", "decoder_tokens") if two else ("tokens",), tokens)
+    params_key, jitter_key = jax.random.split(key)
+    return model.init({"params": params_key, "jitter": jitter_key}, batch)["params"]

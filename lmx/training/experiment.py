@@ -7,13 +7,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 from rich.console import Console
 
 from lmx.config import Config
 from lmx.errors import ConfigError
-from lmx.models.transformer import Transformer
+from lmx.models.transformer import Transformer, init_params
 from lmx.objectives import Objective, make_objective
 from lmx.parallel.compile import check_strategy
 from lmx.parallel.mesh import BatchSplit, batch_shards, make_mesh, split_batch
@@ -45,11 +44,7 @@ class Experiment:
 
     def init_params(self, key: jax.Array) -> Any:
         """Fresh parameters, boxed with the logical names of their axes."""
-        # A row for each batch shard, so that the activations' sharding constraints can be met.
-        rows = batch_shards(self.mesh)
-        batch = {name: jnp.ones((rows, length), jnp.int32) for name, length in self.objective.lengths.items()}
-        params_key, jitter_key = jax.random.split(key)
-        return self.model.init({"params": params_key, "jitter": jitter_key}, batch)["params"]
+        return init_params(self.model, key, rows=batch_shards(self.mesh))
 
     def abstract_params(self) -> Any:
         """Shapes of all parameters, boxed like :meth:`init_params`; computes nothing."""

@@ -1,0 +1,173 @@
+"""Files of tensors: safetensors (one, or sharded with an index) and PyTorch's ``.bin``; read by parts, written whole."""
+
+import abc
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from lmx.errors import CheckpointError, missing_extra
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TORCH_INDEX, TORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+SHARD_BYTES = 5 * 1000**3  # as the Hugging Face hub has it
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+class Tensors(abc.ABC):
+    """The tensors of a checkpoint, by name.
+
+    Attributes:
+      shapes: the shape of each.
+      files: the file that each is in.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    files: dict[str, Path]
+
+    @abc.abstractmethod
+    def dtype(self, name: str) -> np.dtype:
+        """The type that it is stored in."""
+
+    @abc.abstractmethod
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor."""
+
+
+def open_tensors(folder: Path) -> Tensors:
+    """The tensors of a folder; safetensors first, then PyTorch's files.
+
+    Raises:
+      CheckpointError: there are none, a shard is missing, or a file is damaged.
+      LmxError: PyTorch's files without PyTorch.
+    """
+    for index, single, cls in ((INDEX, SINGLE, Safetensors), (TORCH_INDEX, TORCH_SINGLE, TorchTensors)):
+        if (folder / index).is_file():
+            return cls(_shards(folder / index))
+        if (folder / single).is_file():
+            return cls([folder / single])
+    raise CheckpointError(
+        f"{folder} has no weights: neither {SINGLE} nor {INDEX}, {TORCH_SINGLE} nor {TORCH_INDEX} is there."
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is no index of shards ({error!r}); fetch it again.") from None
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{index} names shards that are not there: {', '.join(missing)}. Fetch them again.")
+    return [index.parent / name for name in names]
+
+
+class Safetensors(Tensors):
+    """Files of the safetensors format."""
+
+    def __init__(self, paths: Sequence[Path]):
+        from safetensors import SafetensorError, safe_open
+
+        self.shapes, self.files, self._open, self._dtypes = {}, {}, {}, {}
+        for path in paths:
+            try:
+                file = safe_open(path, "numpy")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is damaged or cut short ({error}); fetch it again.") from None
+            for name in file.keys():  # noqa: SIM118 (the file is no mapping)
+                part = file.get_slice(name)
+                self.shapes[name], self.files[name] = tuple(part.get_shape()), path
+                self._open[name], self._dtypes[name] = file, part.get_dtype()
+
+    def dtype(self, name):
+        kind = self._dtypes[name]
+        if kind not in DTYPES:
+            raise CheckpointError(f"tensor {name} of {self.files[name]} has type {kind}, which is not supported.")
+        return DTYPES[kind]
+
+    def read(self, name, index):
+        self.dtype(name)
+        return self._open[name].get_slice(name)[index] if index else self._open[name].get_tensor(name)
+
+
+class TorchTensors(Tensors):
+    """PyTorch's files, read without running any code in them (``weights_only``)."""
+
+    def __init__(self, paths: Sequence[Path]):
+        try:
+            import torch
+        except ImportError:
+            raise missing_extra("torch", "hf", f"{paths[0].name}, a PyTorch file") from None
+        self.shapes, self.files, self._tensors = {}, {}, {}
+        for path in paths:
+            try:
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                self._tensors |= {name: tensor.detach() for name, tensor in loaded.items()}
+            except Exception as error:  # unpickling raises almost anything
+                reason = (str(error).splitlines() or [""])[0][:200]
+                raise CheckpointError(f"{path} is damaged, or no file of plain tensors ({reason}).") from None
+            self.shapes |= {name: tuple(self._tensors[name].shape) for name in loaded}
+            self.files |= dict.fromkeys(loaded, path)
+
+    def dtype(self, name):
+        kind = str(self._tensors[name].dtype).removeprefix("torch.")
+        try:
+            return np.dtype(kind)
+        except TypeError:
+            raise CheckpointError(
+                f"tensor {name} of {self.files[name]} has type {kind}, which is not supported."
+            ) from None
+
+    def read(self, name, index):
+        import torch
+
+        part = self._tensors[name][index].contiguous()
+        if self.dtype(name) == ml_dtypes.bfloat16:  # NumPy knows it only by its bits
+            return part.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return part.numpy()
+
+
+def write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes safetensors: one file, or shards of at most ``shard_bytes`` with an index."""
+    from safetensors.numpy import save_file
+
+    names: list[list[str]] = []
+    size = total = 0
+    pending: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        if pending:
+            save_file(pending, folder / f"shard-{len(names)}.tmp", metadata={"format": "pt"})
+            names.append(list(pending))
+            pending.clear()
+
+    for name, array in tensors:
+        if pending and size + array.nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = np.ascontiguousarray(array)
+        size, total = size + array.nbytes, total + array.nbytes
+    flush()
+    if len(names) == 1:
+        os.replace(folder / "shard-0.tmp", folder / SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for i, held in enumerate(names):
+        file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
+        os.replace(folder / f"shard-{i}.tmp", folder / file)
+        weight_map |= dict.fromkeys(held, file)
+    index: Mapping[str, object] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,369 @@
+"""Opening and writing folders of published checkpoints, in the form of Hugging Face's ``transformers``.
+
+Tensors are read one after the other, each host only its own parts, straight onto the devices that hold them: beside
+what the devices hold, memory is needed for one tensor at a time.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import PyTree
+
+from lmx.config import Model, layer_period
+from lmx.errors import CheckpointError
+from lmx.interop.families import family_of, head_of
+from lmx.interop.family import Family, build_model
+from lmx.interop.files import Tensors, write_tensors
+from lmx.interop.layouts import Weight, whole
+from lmx.models.stack import unroll_params
+from lmx.models.transformer import Transformer, init_params
+from lmx.parallel.sharding import param_shardings
+
+OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # of layer norms, in checkpoints that come from TensorFlow
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of the tensors.
+
+    Attributes:
+      used: how many were read.
+      ignored: those that were not, and why.
+      fresh: parameters that the files do not have; they are freshly initialized.
+    """
+
+    used: int
+    ignored: dict[str, str]
+    fresh: tuple[str, ...]
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether the folder is of this form."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's ``config.json``; a CheckpointError where it cannot be read."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        config["model_type"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is no config.json of a published checkpoint: {error!r}.") from None
+    return config
+
+
+def model_config(
+    config: Mapping[str, Any], tensors: Tensors, heads: tuple[str, ...], num_classes: int = 2
+) -> Model:
+    """The model that a ``config.json`` and its tensors describe, with these heads.
+
+    Whether the output layer is tied the tensors decide where they can: it is if there is none, and is not if it
+    differs from the token table. (In transformers 5 the ``config.json`` of every T5 says that it is.)
+
+    Raises:
+      CheckpointError: something in it cannot be represented.
+    """
+    family = family_of(config["model_type"])
+    fields = family.model(config, heads)
+    named = _canonical(family, tensors)
+    output, table = (named.get(name) for name in family.output)
+    if output is None or table is None:
+        fields["tie_embeddings"] = True
+    elif not _equal(tensors, output, table):
+        fields["tie_embeddings"] = False
+    model = build_model(fields | {"scan_layers": False, "num_classes": num_classes})
+    two = model.architecture == "encoder_decoder"
+    depths = [(model.num_layers, False)] + [(model.num_decoder_layers or model.num_layers, True)] * two
+    even = all(layers % layer_period(model, decoder) == 0 for layers, decoder in depths)
+    return dataclasses.replace(model, scan_layers=even)
+
+
+def load_params(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    model: Model,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int], None] = lambda name, size: None,
+) -> tuple[PyTree, Report]:
+    """Reads the parameters of ``model`` onto the mesh.
+
+    Args:
+      folder: where they are from, for messages.
+      config: its ``config.json``.
+      tensors: its tensors, by :func:`lmx.interop.files.open_tensors`.
+      mesh: where to; none is the first device.
+      dtype: cast to this type; none keeps bfloat16 and float32 and makes float16 float32.
+      seed: of what is freshly initialized.
+      progress: called with each parameter's name and bytes once it is there.
+
+    Raises:
+      CheckpointError: a tensor is missing, has another shape, holds a NaN, or has no place in the model.
+    """
+    family = family_of(config["model_type"])
+    named = _canonical(family, tensors)
+    boxed = jax.eval_shape(lambda: init_params(Transformer(model), jax.random.key(0)))
+    shapes = nn.meta.unbox(boxed)
+    if mesh is None:
+        place = SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: place, shapes)
+    else:
+        shardings = param_shardings(boxed, mesh)
+    table = {weight.ours: weight for weight in family.weights(model)}
+    targets = [
+        _Target(_name(path), leaf.shape, sharding, table, model)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+        )
+    ]
+    found = [target for target in targets if target.missing(named) is None]
+    fresh = [target for target in targets if target.missing(named) is not None]
+    for target in fresh:
+        if not target.name.startswith("heads/"):
+            raise CheckpointError(f"{folder} lacks the tensor {target.missing(named)}, which {target.name} is read from.")
+    ignored = _ignored(folder, family, model, tensors, named, found)
+    for target in found:
+        target.check(tensors, named)
+    reader = functools.partial(_read, tensors, named)
+    leaves = {}
+    for target in found:
+        kind = jnp.dtype(dtype or _kept(tensors.dtype(named[target.tensors[0]])))
+        leaves[target.name] = target.load(reader, kind)
+        progress(target.name, leaves[target.name].nbytes)
+    if fresh:
+        made = nn.meta.unbox(jax.jit(lambda key: init_params(Transformer(model), key))(jax.random.key(seed)))
+        values = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(made)}
+        leaves |= {target.name: jax.device_put(values[target.name], target.sharding) for target in fresh}
+    params = jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], shapes)
+    used = len({name for target in found for name in target.tensors})
+    return params, Report(used, ignored, tuple(target.name for target in fresh))
+
+
+def save_pretrained(
+    folder: Path, model: Model, params: PyTree, architecture: str | None, extra: Mapping[str, Any]
+) -> None:
+    """Writes ``config.json`` and safetensors that ``transformers`` opens.
+
+    Args:
+      folder: an existing folder.
+      model, params: what to write.
+      architecture: class name of ``transformers``; none is the first that has the model's heads.
+      extra: more keys of ``config.json``: names of the classes, ids of special tokens.
+
+    Raises:
+      CheckpointError: no family can represent the model.
+    """
+    family, name, config = _written_as(model, architecture)
+    bare = not family.architectures[name].heads or family.architectures[name].heads == ("pooler",)
+    leaves = _unrolled(params)
+    weights = [weight for weight in family.weights(model) if weight.ours in leaves]
+    unwritten = sorted(set(leaves) - {weight.ours for weight in weights})
+    if unwritten:
+        raise CheckpointError(f"{name} has no place for {', '.join(unwritten)}; save with format='lmx'.")
+    kinds = {str(leaf.dtype) for leaf in leaves.values()}
+    described = {"architectures": [name], "model_type": family.model_types[0], "dtype": max(kinds)} | config | extra
+    write_tensors(folder, _whole_tensors(family, weights, leaves, bare))
+    (folder / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+class _Target:
+    """One parameter to fill, stacked over layers or not."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], sharding: Sharding, table: Mapping[str, Weight], model: Model):
+        self.name, self.shape, self.sharding = name, shape, sharding
+        match = re.fullmatch(r"(\w+)/layers/block_(\d+)/(.*)", name)
+        if match:
+            stack, block, rest = match[1], int(match[2]), match[3]
+            period = layer_period(model, decoder=stack == "decoder" and model.architecture == "encoder_decoder")
+            self.paths = [f"{stack}/layers_{group * period + block}/{rest}" for group in range(shape[0])]
+            self.inner = shape[1:]
+        else:
+            self.paths, self.inner = [name], shape
+        self.stacked = match is not None
+        self.weights = [table.get(path) for path in self.paths]
+        known = [weight for weight in self.weights if weight is not None]
+        self.expected = {theirs: size for weight in known for theirs, size in weight.tensors(self.inner)}
+        self.tensors = list(self.expected)
+
+    def missing(self, named: Mapping[str, str]) -> str | None:
+        """The first tensor that is not there, if any."""
+        if None in self.weights:
+            return self.paths[self.weights.index(None)]
+        return next((name for name in self.tensors if name not in named), None)
+
+    def check(self, tensors: Tensors, named: Mapping[str, str]) -> None:
+        """Raises :class:`CheckpointError` for a tensor of another shape."""
+        for name, shape in self.expected.items():
+            found = tensors.shapes[named[name]]
+            if found != shape:
+                raise CheckpointError(
+                    f"tensor {named[name]} of {tensors.files[named[name]]} has shape {list(found)}, but config.json makes "
+                    f"it {list(shape)}."
+                )
+
+    def load(self, read: Callable, dtype: np.dtype) -> jax.Array:
+        """The parameter on its devices; layers are read one by one into their stack."""
+        if not self.stacked:
+            return self._one(self.weights[0], read, dtype, self.sharding)
+        layer = _layer_sharding(self.sharding, len(self.inner))
+        stack = jax.jit(lambda: jnp.zeros(self.shape, dtype), out_shardings=self.sharding)()
+        for group, weight in enumerate(self.weights):
+            stack = _put(stack, self._one(weight, read, dtype, layer), group)
+        return jax.block_until_ready(stack)
+
+    def _one(self, weight, read, dtype, sharding):
+        parts = {}  # replicas share what was read
+
+        def part(index):
+            index = whole(self.inner, index)
+            key = tuple((piece.start, piece.stop) for piece in index)
+            if key not in parts:
+                parts[key] = weight.read(read, self.inner, index, dtype)
+            return parts[key]
+
+        return jax.block_until_ready(jax.make_array_from_callback(self.inner, sharding, part))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack, layer, group):
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, group, 0)
+
+
+def _layer_sharding(sharding: Sharding, rank: int) -> Sharding:
+    """The sharding of one layer of a stack."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = (*sharding.spec, *[None] * (rank + 1 - len(sharding.spec)))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
+
+
+def _canonical(family: Family, tensors: Tensors) -> dict[str, str]:
+    """The names in the files by the names of the table: with the body's prefix, in today's spelling."""
+    prefix = family.prefix
+    bare = bool(prefix) and not any(name.startswith(prefix) for name in tensors.shapes)
+    named = {}
+    for name in tensors.shapes:
+        modern = functools.reduce(lambda n, old: n.replace(old, OLD_NAMES[old]), OLD_NAMES, name)
+        heads = ("lm_head.", "score.")  # a body without prefix may still come with an output layer
+        named[prefix + modern if bare and not modern.startswith(heads) else modern] = name
+    return named
+
+
+def _ignored(folder, family, model, tensors, named, found) -> dict[str, str]:
+    """The tensors that are not read and why; raises for one without a reason."""
+    used = {name for target in found for name in target.tensors}
+    reasons = {}
+    others = {
+        weight.theirs
+        for head in family.architectures.values()
+        for weight in family.weights(dataclasses.replace(model, heads=head.heads))
+        if weight.ours.startswith("heads/")
+    }
+    copies = family.copies(model)
+    for name in sorted(set(named) - used):
+        source = copies.get(name)
+        if source in named and _equal(tensors, named[name], named[source]):
+            reasons[named[name]] = f"a copy of {named[source]}"
+            continue
+        reason = next((why for pattern, why in family.ignored.items() if re.fullmatch(pattern, name)), None)
+        if reason is None and name in others:
+            reason = f"part of a head that this model does not have (it has {', '.join(model.heads) or 'none'})"
+        if reason is None:
+            raise CheckpointError(
+                f"tensor {named[name]} of {tensors.files[named[name]]} has no place in the model that "
+                f"{folder / 'config.json'} describes; {family.model_types[0]} with these settings has no such tensor."
+            )
+        reasons[named[name]] = reason
+    return reasons
+
+
+def _equal(tensors: Tensors, name: str, other: str) -> bool:
+    if tensors.shapes[name] != tensors.shapes[other]:
+        return False
+    rows, *rest = tensors.shapes[name]
+    step = max(1, (1 << 22) // max(int(np.prod(rest)), 1))
+    whole_rest = tuple(slice(0, size) for size in rest)
+    return all(
+        np.array_equal(
+            tensors.read(name, (slice(start, min(start + step, rows)), *whole_rest)),
+            tensors.read(other, (slice(start, min(start + step, rows)), *whole_rest)),
+        )
+        for start in range(0, rows, step)
+    )
+
+
+def _read(tensors: Tensors, named: Mapping[str, str], name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a tensor, which must be all numbers."""
+    part = tensors.read(named[name], index)
+    if np.isnan(part).any():
+        raise CheckpointError(f"tensor {named[name]} of {tensors.files[named[name]]} holds NaN; the file is damaged.")
+    return part
+
+
+def _kept(dtype: np.dtype) -> np.dtype:
+    return dtype if dtype in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)) else np.dtype(np.float32)
+
+
+def _written_as(model: Model, architecture: str | None) -> tuple[Family, str, dict[str, Any]]:
+    """The family that can represent the model, the architecture and its config."""
+    from lmx.interop.families import FAMILIES
+
+    reasons = []
+    for family in FAMILIES:
+        names = [name for name, head in family.architectures.items() if head.heads == model.heads]
+        if architecture is not None:
+            names = [name for name in names if name == architecture]
+        if not names:
+            continue
+        try:
+            return family, names[0], family.config(model)
+        except CheckpointError as error:
+            reasons.append(str(error))
+    raise CheckpointError(
+        f"no family of published checkpoints has this model ({model.architecture}, heads "
+        f"{', '.join(model.heads) or 'none'}): " + " ".join(reasons[:3])
+    )
+
+
+def _whole_tensors(
+    family: Family, weights: list[Weight], leaves: Mapping[str, Any], bare: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Their tensors one after the other; a tensor of several parameters once all of them are in it."""
+    waiting: dict[str, int] = {}
+    for weight in weights:
+        for name, _ in weight.tensors(leaves[weight.ours].shape):
+            waiting[name] = waiting.get(name, 0) + 1
+    tensors: dict[str, np.ndarray] = {}
+    for weight in weights:
+        array = np.asarray(leaves[weight.ours])
+        weight.write(array, tensors)
+        for name, _ in weight.tensors(array.shape):
+            waiting[name] -= 1
+            if not waiting[name]:
+                yield name.removeprefix(family.prefix) if bare else name, tensors.pop(name)
+
+
+def _unrolled(params: PyTree) -> dict[str, Any]:
+    unrolled = unroll_params(params)
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(unrolled)}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
