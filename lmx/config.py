@@ -193,8 +193,8 @@ class Objective:
 
     name: str = option(
         "causal",
-        "The objective.",
-        choices=("mlm", "causal", "prefix_lm", "span_corruption", "seq2seq", "classification"),
+        "The objective; none: the model represents text and is not trained.",
+        choices=("mlm", "causal", "prefix_lm", "span_corruption", "seq2seq", "classification", "none"),
     )
     mask_rate: float = option(
         0.15, "Fraction of tokens masked (mlm) or in noise spans (span_corruption).", low=0, high=1
@@ -238,8 +238,8 @@ class Tokenizer:
     kind: str = option(
         "bytes",
         "bytes, characters (of the training text), sentencepiece (trained on the training text, or a file), "
-        "file (tokenizer.json or vocab.txt).",
-        choices=("bytes", "characters", "sentencepiece", "file"),
+        "file (tokenizer.json or vocab.txt), published (a folder of a published checkpoint, read as it says).",
+        choices=("bytes", "characters", "sentencepiece", "file", "published"),
     )
     path: str = option("", "Tokenizer file or folder; empty: made from the training text.")
     vocab_size: int = option(32000, "Pieces to train, special ones included.", low=8)

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from numpy.typing import ArrayLike
 from lmx.config import Config
 from lmx.errors import CheckpointError, LmxError, nearest
 from lmx.generation.decode import bucket, generate, pad_prompts
+from lmx.interop.opening import config_extras, fetch, is_hub_name, open_published
+from lmx.interop.pretrained import is_pretrained, save_pretrained
 from lmx.models.heads import num_params
 from lmx.models.stack import unroll_params
 from lmx.models.transformer import Transformer, init_params
@@ -56,9 +59,9 @@ class LanguageModel:
         return Transformer(self.config.model)
 
     @functools.cached_property
-    def objective(self) -> Objective:
-        """What the model was trained for; it knows how text is laid out."""
-        return make_objective(self.config, self.tokenizer)
+    def objective(self) -> Objective | None:
+        """What the model was trained for, if anything; it knows how text is laid out."""
+        return None if self.config.objective.name == "none" else make_objective(self.config, self.tokenizer)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -85,7 +88,10 @@ class LanguageModel:
         Raises:
           LmxError: an input is missing, has another shape, or the model has no use for it.
         """
-        head = "classification" if self.config.objective.name == "classification" else self.config.model.heads[0]
+        heads = [head for head in self.config.model.heads if head != "pooler"]
+        if not heads:
+            raise LmxError("this model has no head that scores anything; see hidden_states, or load it with num_classes.")
+        head = "classification" if self.config.objective.name == "classification" else heads[0]
         batch = self._batch(input_ids, attention_mask, token_type_ids, decoder_input_ids)
         return _outputs(self.model, self.params, batch, f"{head}_logits")
 
@@ -116,6 +122,8 @@ class LanguageModel:
         if isinstance(objective, Classification):
             return objective.inputs(self._record(text))["tokens"].tolist()
         ids = self.tokenizer.encode(text)
+        if self.config.tokenizer.kind == "published":
+            return self.tokenizer.frame().around([ids])[0]
         if isinstance(objective, EncoderDecoderObjective):
             return [*ids, objective.eos]
         if isinstance(objective, MaskedLanguageModel):
@@ -201,23 +209,27 @@ class LanguageModel:
 
         Args:
           path: a folder that does not exist yet, or is empty.
-          format: "lmx": ``config.json``, ``params/`` (Orbax) and ``tokenizer/``.
+          format: "lmx": ``config.json``, ``params/`` (Orbax) and ``tokenizer/``; "hf": what ``transformers`` opens.
 
         Raises:
-          LmxError: the folder holds something, or the format is not available.
+          LmxError: the folder holds something, or no published family can represent the model or the tokenizer.
         """
-        if format == "hf":
-            raise LmxError("format='hf' (Hugging Face) is not available yet; use format='lmx'.")
-        if format != "lmx":
+        if format not in ("lmx", "hf"):
             raise LmxError(f"format {format!r} is unknown{nearest(format, ['lmx', 'hf'])}")
         target = Path(path).expanduser().resolve()
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise LmxError(f"{target} exists already and is not overwritten; remove it, or choose another path.")
         beside = target.with_name(target.name + ".tmp")
         shutil.rmtree(beside, ignore_errors=True)
-        write_config(beside, self.config, self.config, num_params(self.params))
-        self.tokenizer.save(beside / "tokenizer")
-        _save_params(beside / "params", self.params)
+        if format == "hf":
+            beside.mkdir(parents=True)
+            extras = config_extras(self.config, self.tokenizer)
+            save_pretrained(beside, self.config.model, self.params, extras)
+            self.tokenizer.publish(beside)
+        else:
+            write_config(beside, self.config, self.config, num_params(self.params))
+            self.tokenizer.save(beside / "tokenizer")
+            _save_params(beside / "params", self.params)
         os.replace(beside, target)
 
     @property
@@ -275,23 +287,43 @@ class LanguageModel:
         return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(new)
 
 
-def load(path: str | os.PathLike, *, step: int | None = None) -> LanguageModel:
+def load(
+    path: str | os.PathLike,
+    *,
+    step: int | None = None,
+    num_classes: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
+) -> LanguageModel:
     """Opens a trained model.
 
     Args:
-      path: a workdir of ``lmx train``, or a folder that :meth:`LanguageModel.save` wrote.
+      path: a workdir of ``lmx train``, a folder that :meth:`LanguageModel.save` wrote, or a published checkpoint in the
+        form of Hugging Face's ``transformers``, as a folder or a name on the hub.
       step: which checkpoint of a workdir; none is the newest.
+      num_classes: of a published checkpoint: a classifier with so many classes. Its output layer is fresh unless the
+        checkpoint has one of that size.
+      mesh: of a published checkpoint: the devices to load onto; none is the first.
+      dtype: of a published checkpoint: "float32" or "bfloat16"; none keeps what it has.
 
     Raises:
-      CheckpointError: there is no such model, or it is damaged.
+      CheckpointError: there is no such model, it is damaged, or it cannot be represented.
     """
-    folder = Path(path).expanduser().resolve()
+    folder = fetch(str(path)) if is_hub_name(str(path)) else Path(path).expanduser().resolve()
+    if is_pretrained(folder):
+        opened = open_published(folder, num_classes=num_classes, mesh=mesh, dtype=dtype)
+        for name in opened.report.fresh:
+            warnings.warn(f"{name} is not in {path}: it is freshly initialized, and means nothing yet.", stacklevel=2)
+        return LanguageModel(opened.config, opened.params, opened.tokenizer)
+    if num_classes or mesh is not None or dtype:
+        raise LmxError(f"num_classes, mesh and dtype are for published checkpoints, and {path} is none.")
     found = {name for name in ("config.json", "checkpoints", "params", "tokenizer") if (folder / name).exists()}
     if not {"config.json", "tokenizer"} <= found or not {"checkpoints", "params"} & found:
         state = f"has {', '.join(sorted(found)) or 'none of these'}" if folder.is_dir() else "is no folder"
         raise CheckpointError(
-            f"{path} holds no model: it should be a workdir of `lmx train` (config.json, tokenizer/ and checkpoints/) "
-            f"or a folder that LanguageModel.save wrote (config.json, tokenizer/ and params/), but {folder} {state}."
+            f"{path} holds no model: it should be a workdir of `lmx train` (config.json, tokenizer/ and checkpoints/), "
+            "a folder that LanguageModel.save wrote (config.json, tokenizer/ and params/) or a published checkpoint "
+            f"(a config.json with model_type), but {folder} {state}."
         )
     config = read_config(folder)
     layout = _layout(Transformer(config.model))

@@ -169,7 +169,10 @@ def activation_of(key: str, name: str) -> str:
 
 def activation_name(activation: str) -> str:
     """The inverse of :func:`activation_of`."""
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
+    name = next((theirs for theirs, ours in ACTIVATIONS.items() if ours == activation), None)
+    if name is None:
+        raise CheckpointError(f"model.activation={activation!r} has no name in this family.")
+    return name
 
 
 def unsupported(key: str, value: Any, values: Sequence[Any]) -> CheckpointError:

@@ -157,15 +157,15 @@ def load_params(
 
 
 def save_pretrained(
-    folder: Path, model: Model, params: PyTree, architecture: str | None, extra: Mapping[str, Any]
+    folder: Path, model: Model, params: PyTree, extra: Mapping[str, Any], architecture: str | None = None
 ) -> None:
     """Writes ``config.json`` and safetensors that ``transformers`` opens.
 
     Args:
       folder: an existing folder.
       model, params: what to write.
-      architecture: class name of ``transformers``; none is the first that has the model's heads.
       extra: more keys of ``config.json``: names of the classes, ids of special tokens.
+      architecture: class name of ``transformers``; none is the first that has the model's heads.
 
     Raises:
       CheckpointError: no family can represent the model.

@@ -11,15 +11,15 @@ from jaxtyping import Array
 from lmx.config import Config
 from lmx.errors import ConfigError, DataError
 from lmx.kernels.cross_entropy import cross_entropy
-from lmx.objectives.base import Batch, Example, Objective, Sample, Term, one_segment, optional_id, text_of
+from lmx.objectives.base import Batch, Example, Objective, Sample, Term, one_segment, text_of
 from lmx.text.tokenizers import Tokenizer
 
 
 class Classification(Objective):
     """``[CLS] text [SEP]``, or ``[CLS] first [SEP] second [SEP]`` with token types 0 and 1, and a label.
 
-    The special tokens are left out where the tokenizer has none. Long texts lose their ends, the longer text of a
-    pair first, as is usual for classifiers. A label is an index, or a name among ``data.labels``; for regression it
+    The special tokens are those of the tokenizer's ``frame``. Long texts lose their ends, the longer text of a pair
+    first, as is usual for classifiers. A label is an index, or a name among ``data.labels``; for regression it
     is a number, and the loss is the squared error.
     """
 
@@ -39,14 +39,14 @@ class Classification(Objective):
             )
         self.tokenizer = tokenizer
         self.text_field, self.pair_field, self.label_field = data.text_field, data.pair_field, data.label_field
-        self.cls, self.sep = optional_id(tokenizer.cls_id), optional_id(tokenizer.sep_id)
         num_texts = 2 if data.pair_field else 1
-        self.room = data.length - len(self.cls) - len(self.sep) * num_texts
+        self.frame = tokenizer.frame(pair=num_texts == 2)
+        self.room = data.length - len(self.frame)
         if self.room < num_texts:
             raise ConfigError(f"data.length must be at least {data.length - self.room + num_texts}, not {data.length}.")
-        self.has_token_types = model.num_token_types > 0
+        self.num_token_types = model.num_token_types
         self.label_smoothing = config.objective.label_smoothing
-        names = ["tokens", "segments", "positions"] + ["token_types"] * self.has_token_types
+        names = ["tokens", "segments", "positions"] + ["token_types"] * (model.num_token_types > 0)
         self.lengths = dict.fromkeys(names, data.length)
 
     def view(self, record: Mapping[str, Any], rng: np.random.Generator, sample: Sample | None) -> Example:
@@ -66,15 +66,12 @@ class Classification(Objective):
         if self.pair_field:
             texts.append(text_of(record, self.pair_field, "pair_field"))
         parts = [self.tokenizer.encode(text) for text in texts]
-        parts = [[*part, *self.sep] for part in truncate_longest(parts, self.room)]
-        parts[0] = [*self.cls, *parts[0]]
-        tokens = np.concatenate([np.array(part, np.int32) for part in parts])
-        if len(tokens) == 0:
+        tokens, types = self.frame.around(truncate_longest(parts, self.room))
+        if not tokens:
             raise DataError(f"the text of a record is empty and the tokenizer has no special tokens: {record!r}.")
-        example = one_segment(tokens)
-        if self.has_token_types:
-            types = np.arange(len(parts), dtype=np.int32)
-            example["token_types"] = np.repeat(types, [len(part) for part in parts])
+        example = one_segment(np.array(tokens, np.int32))
+        if self.num_token_types:
+            example["token_types"] = np.minimum(types, self.num_token_types - 1, dtype=np.int32)
         return example
 
     def _class(self, label: Any) -> np.int32:

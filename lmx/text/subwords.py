@@ -1,6 +1,7 @@
 """Sub-word tokenizers: SentencePiece, trained here or elsewhere, and the files of the ``tokenizers`` library."""
 
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.mask_id = names.get("<mask>", names.get("[MASK]"))
         self.cls_id = names.get("[CLS]", self.bos_id)
         self.sep_id = names.get("[SEP]", self.eos_id)
-        self.sentinel_ids = _sentinels(names)
+        self.sentinel_ids = sentinels(names)
         if not self.sentinel_ids and num_sentinels:
             self.sentinel_ids = tuple(range(size + num_sentinels - 1, size - 1, -1))
             self.vocab_size += num_sentinels
@@ -167,20 +168,20 @@ class FileTokenizer(Tokenizer):
           DataError: the text is no ``tokenizer.json``.
           LmxError: the package tokenizers is not installed.
         """
-        tokenizers = _library()
+        tokenizers = library()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
         except Exception as error:  # the library raises bare Exceptions
             raise DataError(f"this is not a tokenizer.json of the tokenizers library: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        if num_sentinels and not _sentinels(self._tokenizer.get_vocab()):
+        if num_sentinels and not sentinels(self._tokenizer.get_vocab()):
             self._tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(num_sentinels))])
         names = self._tokenizer.get_vocab()
         self.vocab_size = max(names.values()) + 1
         for role, candidates in self._ROLES.items():
             setattr(self, role, next((names[name] for name in candidates if name in names), None))
-        self.sentinel_ids = _sentinels(names)
+        self.sentinel_ids = sentinels(names)
         roles = [i for i in (getattr(self, role) for role in self._ROLES) if i is not None]
         added = [i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
         self.special_ids = frozenset([*roles, *added, *self.sentinel_ids])
@@ -196,13 +197,13 @@ class FileTokenizer(Tokenizer):
         if path.suffix == ".json":
             if config.lowercase:
                 raise ConfigError(f"{path} has its own normalization: leave tokenizer.lowercase at False.")
-            return cls(_read_text(path), config.num_sentinels)
+            return cls(read_text(path), config.num_sentinels)
         return cls(_word_piece(path, config.lowercase), config.num_sentinels)
 
     @classmethod
     def load(cls, folder: Path, lowercase: bool) -> "FileTokenizer":
         """Opens what ``save`` wrote."""
-        return cls(_read_text(folder / "tokenizer.json"))
+        return cls(read_text(folder / "tokenizer.json"))
 
     def _encode_batch(self, texts):
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -227,8 +228,54 @@ class FileTokenizer(Tokenizer):
     def _files(self):
         return {"tokenizer.json": self._tokenizer.to_str().encode()}, {}
 
+    def _published(self):
+        names = {i: name for name, i in self._tokenizer.get_vocab().items()}
+        roles = {role.replace("_id", "_token"): names.get(getattr(self, role)) for role in self._ROLES}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | {role: name for role, name in roles.items() if name}
+        return self._files()[0] | {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
 
-def _library() -> Any:
+
+def byte_level_json(first: int, sentinel_ids: Sequence[int], lowercase: bool) -> str:
+    """The tokenizer.json of our byte tokenizer: byte pairs without a merge. Bytes have the ids from ``first`` on."""
+    tokenizers = library()
+    letters = _byte_letters()
+    vocabulary = _special_names(sentinel_ids) | {letters[byte]: first + byte for byte in range(256)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return _with_specials(tokenizer, sentinel_ids, lowercase)
+
+
+def characters_json(characters: str, first: int, sentinel_ids: Sequence[int], lowercase: bool) -> str:
+    """The tokenizer.json of our character tokenizer; characters have the ids from ``first`` on."""
+    tokenizers = library()
+    vocabulary = _special_names(sentinel_ids) | {c: first + i for i, c in enumerate(characters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(?s)."), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return _with_specials(tokenizer, sentinel_ids, lowercase)
+
+
+def _special_names(sentinel_ids: Sequence[int]) -> dict[str, int]:
+    names = {name: i for i, name in enumerate(SPECIALS)}
+    return names | {f"<extra_id_{i}>": token for i, token in enumerate(sentinel_ids)}
+
+
+def _with_specials(tokenizer: Any, sentinel_ids: Sequence[int], lowercase: bool) -> str:
+    tokenizer.add_special_tokens(list(_special_names(sentinel_ids)))
+    if lowercase:
+        tokenizer.normalizer = library().normalizers.Lowercase()
+    return tokenizer.to_str()
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable character for each byte: itself where it is printable, else one from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def library() -> Any:
     try:
         import tokenizers
     except ImportError:
@@ -250,7 +297,7 @@ def _byte_level_surface(piece: str) -> str:
     return "".join(spaces.get(character, character if character.isascii() else "x") for character in piece)
 
 
-def _sentinels(names: dict[str, int]) -> tuple[int, ...]:
+def sentinels(names: dict[str, int]) -> tuple[int, ...]:
     """The ids of ``<extra_id_0>``, ``<extra_id_1>``, …, as far as they are there."""
     found = []
     while (i := names.get(f"<extra_id_{len(found)}>")) is not None:
@@ -310,7 +357,7 @@ def _training_error(error: RuntimeError, config: schema.Tokenizer) -> DataError:
     return DataError(f"SentencePiece could not train with {asked}: {error}")
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -319,11 +366,11 @@ def _read_text(path: Path) -> str:
 
 def _word_piece(path: Path, lowercase: bool) -> str:
     """The tokenizer.json of BERT's vocab.txt: a piece a line, its id the line's number from 0."""
-    pieces = _read_text(path).removesuffix("\n").split("\n")
+    pieces = read_text(path).removesuffix("\n").split("\n")
     vocabulary = {piece.rstrip("\r"): i for i, piece in enumerate(pieces)}
     if len(vocabulary) < len(pieces):
         raise DataError(f"{path} is not a vocab.txt: {len(pieces) - len(vocabulary)} of its lines are there twice.")
     missing = [name for name in ("[UNK]", "[CLS]", "[SEP]") if name not in vocabulary]
     if missing:
         raise DataError(f"{path} is not BERT's vocab.txt: it has no line {', '.join(missing)}.")
-    return _library().BertWordPieceTokenizer(vocabulary, lowercase=lowercase).to_str()
+    return library().BertWordPieceTokenizer(vocabulary, lowercase=lowercase).to_str()

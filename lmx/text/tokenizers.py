@@ -6,6 +6,7 @@ in a text, so that text never turns into control. ``cls`` is ``<s>`` and ``sep``
 """
 
 import abc
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -16,12 +17,38 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from lmx import config as schema
-from lmx.errors import ConfigError, DataError, nearest
+from lmx.errors import ConfigError, DataError, LmxError, nearest
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 DESCRIPTION = "lmx_tokenizer.json"
 
 Texts = Callable[[], Iterable[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """The special tokens around a text, or around and between two.
+
+    Attributes:
+      before, between, after: their ids; ``between`` two texts only.
+      types: token types of the two texts; ``before`` counts to the first, ``between`` to the first, ``after`` to the
+        last.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    between: tuple[int, ...] = ()
+    types: tuple[int, int] = (0, 0)
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.between) + len(self.after)
+
+    def around(self, parts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+        """Ids and token types of one text or two."""
+        first = [*self.before, *parts[0], *(self.between if len(parts) > 1 else ())]
+        last = [*(parts[1] if len(parts) > 1 else ()), *self.after]
+        types = self.types if len(parts) > 1 else (self.types[0],) * 2
+        return [*first, *last], [types[0]] * len(first) + [types[1]] * len(last)
 
 
 class Tokenizer(abc.ABC):
@@ -73,6 +100,11 @@ class Tokenizer(abc.ABC):
         starts[:1] = True
         return starts
 
+    def frame(self, pair: bool = False) -> Frame:
+        """What stands around a text that is read as a whole, or around two of them: BERT's tokens, if there are any."""
+        cls, sep = ((() if i is None else (i,)) for i in (self.cls_id, self.sep_id))
+        return Frame(cls, sep, sep, (0, 1)) if pair else Frame(cls, sep)
+
     def save(self, folder: str | os.PathLike) -> None:
         """Writes a folder that :func:`load_tokenizer` opens; each file is written beside its place and renamed."""
         folder = Path(folder)
@@ -80,10 +112,11 @@ class Tokenizer(abc.ABC):
         names, description = self._files()
         description = {"kind": self.kind, "lowercase": self.lowercase, **description}
         encoded = json.dumps(description, ensure_ascii=True, indent=1).encode()
-        for name, content in {**names, DESCRIPTION: encoded}.items():  # the description last: it makes the folder valid
-            beside = folder / f"{name}.tmp"
-            beside.write_bytes(content)
-            beside.replace(folder / name)
+        _write({**names, DESCRIPTION: encoded}, folder)  # the description last: it makes the folder valid
+
+    def publish(self, folder: Path) -> None:
+        """Writes the files that ``transformers`` opens; an LmxError where they cannot say what this tokenizer does."""
+        _write(self._published(), folder)
 
     def _set_specials(self, num_sentinels: int) -> int:
         """Gives the special tokens of our own kinds their ids; returns the first id after them."""
@@ -93,6 +126,17 @@ class Tokenizer(abc.ABC):
         self.sentinel_ids = tuple(range(len(SPECIALS), first))
         self.special_ids = frozenset(range(first))
         return first
+
+    def _published(self) -> dict[str, bytes]:
+        """The files of :meth:`publish`, by name."""
+        raise LmxError(f"a tokenizer of kind {self.kind!r} cannot be written for transformers; save with format='lmx'.")
+
+    def _settings_file(self) -> bytes:
+        """``tokenizer_config.json`` for a ``tokenizer.json`` with our special tokens."""
+        roles = {"pad": self.pad_id, "bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "mask": self.mask_id}
+        roles |= {"cls": self.cls_id, "sep": self.sep_id}
+        names = {f"{role}_token": SPECIALS[i] for role, i in roles.items() if i is not None}
+        return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | names, indent=2).encode()
 
     @abc.abstractmethod
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -134,6 +178,14 @@ class ByteTokenizer(Tokenizer):
     def _files(self):
         return {}, {"num_sentinels": len(self.sentinel_ids)}
 
+    def _published(self):
+        from lmx.text.subwords import byte_level_json
+
+        return {
+            "tokenizer.json": byte_level_json(self._first, self.sentinel_ids, self.lowercase).encode(),
+            "tokenizer_config.json": self._settings_file(),
+        }
+
 
 class CharacterTokenizer(Tokenizer):
     """The characters of the training text in code-point order after the special tokens; others are ``<unk>``."""
@@ -172,6 +224,14 @@ class CharacterTokenizer(Tokenizer):
     def _files(self):
         return {}, {"characters": self.characters, "num_sentinels": len(self.sentinel_ids)}
 
+    def _published(self):
+        from lmx.text.subwords import characters_json
+
+        return {
+            "tokenizer.json": characters_json(self.characters, self._first, self.sentinel_ids, self.lowercase).encode(),
+            "tokenizer_config.json": self._settings_file(),
+        }
+
 
 def make_tokenizer(config: schema.Tokenizer, texts: Texts) -> Tokenizer:
     """The tokenizer that a configuration asks for: opened from ``config.path`` if given, else made from the texts.
@@ -188,9 +248,10 @@ def make_tokenizer(config: schema.Tokenizer, texts: Texts) -> Tokenizer:
     """
     if config.path:
         return _open_path(config)
-    if config.kind == "file":
+    if config.kind in ("file", "published"):
         raise ConfigError(
-            "tokenizer.kind='file' needs tokenizer.path, a tokenizer.json, a vocab.txt or a folder with one."
+            f"tokenizer.kind={config.kind!r} needs tokenizer.path: a folder of a published checkpoint, or for 'file' a "
+            "tokenizer.json, a vocab.txt or a folder with one."
         )
     if config.kind == "bytes":
         return ByteTokenizer(config.num_sentinels, config.lowercase)
@@ -215,9 +276,10 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
             return ByteTokenizer(**description)
         if kind == CharacterTokenizer.kind:
             return CharacterTokenizer(**description)
+        from lmx.text.published import PublishedTokenizer
         from lmx.text.subwords import FileTokenizer, SentencePieceTokenizer
 
-        kinds = {cls.kind: cls for cls in (SentencePieceTokenizer, FileTokenizer)}
+        kinds = {cls.kind: cls for cls in (SentencePieceTokenizer, FileTokenizer, PublishedTokenizer)}
         if kind in kinds:
             return kinds[kind].load(Path(folder), **description)
     except FileNotFoundError as error:
@@ -247,12 +309,24 @@ def _open_path(config: schema.Tokenizer) -> Tokenizer:
 
     if config.kind == "file":
         return FileTokenizer.open(path, config)
+    if config.kind == "published" and path.is_dir():
+        from lmx.text.published import PublishedTokenizer
+
+        return PublishedTokenizer.open(path)
     if config.kind == "sentencepiece" and path.is_file():
         return SentencePieceTokenizer(path.read_bytes(), config.num_sentinels, config.lowercase)
     raise ConfigError(
         f"tokenizer.kind={config.kind!r} does not open {str(path)!r}; it takes a folder with {DESCRIPTION}"
         + (" or a SentencePiece model file." if config.kind == "sentencepiece" else ", or no path at all.")
     )
+
+
+def _write(files: dict[str, bytes], folder: Path) -> None:
+    """Writes each file beside its place, then renames it."""
+    for name, content in files.items():
+        beside = folder / f"{name}.tmp"
+        beside.write_bytes(content)
+        beside.replace(folder / name)
 
 
 def _limited(texts: Iterable[str], characters: int) -> Iterable[str]:

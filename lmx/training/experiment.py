@@ -12,12 +12,15 @@ from rich.console import Console
 
 from lmx.config import Config
 from lmx.errors import ConfigError
+from lmx.interop.opening import body_of
+from lmx.interop.pretrained import is_pretrained
 from lmx.models.transformer import Transformer, init_params
 from lmx.objectives import Objective, make_objective
 from lmx.parallel.compile import check_strategy
 from lmx.parallel.mesh import BatchSplit, batch_shards, make_mesh, split_batch
 from lmx.text.corpora import Source, open_source
 from lmx.text.pipeline import make_batches
+from lmx.text.published import PublishedTokenizer
 from lmx.text.tokenizers import load_tokenizer, make_tokenizer
 from lmx.training.optimizers import make_optimizer
 
@@ -89,13 +92,17 @@ def build(asked: Config, workdir: Path, console: Console, devices: Any = None) -
     Raises:
       LmxError: the config does not fit the devices, the data or the tokenizer.
     """
+    asked_model = asked
+    if asked.train.init_from and is_pretrained(Path(asked.train.init_from).expanduser()):
+        console.print(f"[bold]model[/] of {asked.train.init_from} (the body that config.model describes is not used)")
+        asked = body_of(asked)
     mesh = make_mesh(asked.mesh, devices)
     check_strategy(asked.train.strategy, mesh)
     split = split_batch(asked.train, mesh)
     tokenizer = _tokenizer(asked, workdir, console)
     config = resolve(asked, tokenizer)
     objective = make_objective(config, tokenizer)
-    return Experiment(config, asked, tokenizer, objective, Transformer(config.model), mesh, split)
+    return Experiment(config, asked_model, tokenizer, objective, Transformer(config.model), mesh, split)
 
 
 def resolve(config: Config, tokenizer: Any) -> Config:
@@ -143,9 +150,9 @@ def _tokenizer(config: Config, workdir: Path, console: Console) -> Any:
     if (workdir / "config.json").is_file():
         return load_tokenizer(workdir / "tokenizer")
     if config.train.init_from:
-        other = Path(config.train.init_from) / "tokenizer"
+        source = Path(config.train.init_from).expanduser()
         console.print(f"[bold]tokenizer[/] of {config.train.init_from} (config.tokenizer is not used)")
-        return load_tokenizer(other)
+        return PublishedTokenizer.open(source) if is_pretrained(source) else load_tokenizer(source / "tokenizer")
     return make_tokenizer(config.tokenizer, _texts(config))
 
 

@@ -1,5 +1,6 @@
 """Where parameters come from, in this order: the run's own checkpoint, another run (``train.init_from``), scratch."""
 
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,8 @@ from rich.console import Console
 
 from lmx.config import Config
 from lmx.errors import CheckpointError
+from lmx.interop.files import open_tensors
+from lmx.interop.pretrained import is_pretrained, load_params, read_config
 from lmx.models.stack import to_layout
 from lmx.parallel.compile import call_in_mesh
 from lmx.parallel.sharding import like_params, param_shardings
@@ -47,7 +50,7 @@ def initial_state(
 
     # 2. Another run's parameters, with fresh heads where its own don't fit.
     if config.train.init_from:
-        params, fresh = _taken_over(config, state.params)
+        params, fresh = _taken_over(config, state.params, experiment.mesh)
         params = jax.device_put(params, shardings.params)
         state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(params)
         console.print(f"[bold]started[/] from {config.train.init_from}; fresh: {', '.join(fresh) or 'nothing'}")
@@ -59,15 +62,20 @@ def initial_state(
 def check_init_from(experiment: Experiment) -> None:
     """Raises :class:`CheckpointError` where ``train.init_from`` does not fit the model; reads no array."""
     source = experiment.config.train.init_from
-    if source:
+    if source and not is_pretrained(Path(source).expanduser()):  # a published body always fits
         with Checkpoints(source, read_only=True) as checkpoints:
             saved = checkpoints.abstract_params()
         found = jax.eval_shape(lambda params: to_layout(params, experiment.config.model), saved)
         _take_over(source, nn.meta.unbox(experiment.abstract_params()), found)
 
 
-def _taken_over(config: Config, params: Any) -> tuple[Any, list[str]]:
+def _taken_over(config: Config, params: Any, mesh: jax.sharding.Mesh) -> tuple[Any, list[str]]:
     """The other run's parameters in the layout of ``params``, and the names of those kept fresh (heads only)."""
+    folder = Path(config.train.init_from).expanduser()
+    if is_pretrained(folder):
+        theirs, tensors = read_config(folder), open_tensors(folder)
+        found, report = load_params(folder, theirs, tensors, config.model, mesh, "float32", config.seed)
+        return found, list(report.fresh)
     with Checkpoints(config.train.init_from, read_only=True) as checkpoints:
         found = to_layout(checkpoints.restore_params(), config.model)
     return _take_over(config.train.init_from, params, found)

@@ -9,6 +9,7 @@ import numpy as np
 
 from lmx.config import Config, from_dict
 from lmx.text.packing import TokenStore
+from lmx.text.tokenizers import Tokenizer
 
 PAD, BOS, EOS, UNK, MASK = range(5)
 
@@ -39,6 +40,8 @@ class Letters:
     @property
     def vocab_size(self):
         return 5 + self.sentinels + len(self.alphabet)
+
+    frame = Tokenizer.frame
 
     def encode(self, text):
         return [5 + self.sentinels + self.alphabet.index(character) for character in text]

@@ -1,0 +1,142 @@
+"""From a folder or a hub name to all that a language model holds: config, parameters and tokenizer."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from lmx.config import Config, Data, Model, Objective, Tokenizer
+from lmx.errors import CheckpointError, missing_extra
+from lmx.interop.families import family_of, head_of
+from lmx.interop.files import open_tensors
+from lmx.interop.pretrained import Report, load_params, model_config, read_config
+from lmx.text.published import PublishedTokenizer
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # .bin only where there is nothing else
+LONGEST_ROW = 512  # tokens of a row, where the model has no smaller bound
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """An opened checkpoint."""
+
+    config: Config
+    params: PyTree
+    tokenizer: PublishedTokenizer
+    report: Report
+
+
+def open_published(
+    folder: Path,
+    *,
+    num_classes: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: str | None = None,
+    progress: Any = None,
+) -> Published:
+    """Opens a published checkpoint.
+
+    Args:
+      folder: holds ``config.json``, the tensors and the tokenizer's files.
+      num_classes: a classifier with so many classes, whatever heads the checkpoint has; none keeps them.
+      mesh: the devices to load onto; none is the first.
+      dtype: cast parameters to this type; none keeps bfloat16 and float32.
+      progress: called with each parameter's name and bytes once it is there.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged, or cannot be represented.
+      DataError: the tokenizer's files are missing or damaged.
+    """
+    theirs, tensors = read_config(folder), open_tensors(folder)
+    family = family_of(theirs["model_type"])
+    _, head = head_of(family, theirs)
+    heads, objective, labels = head.heads, head.objective, _labels(theirs)
+    if num_classes is not None:
+        heads, objective = ("classification",), "classification"
+        labels = labels if len(labels) == num_classes else tuple(map(str, range(num_classes)))
+    model = model_config(theirs, tensors, heads, len(labels))
+    tokenizer = PublishedTokenizer.open(folder)
+    options = {"progress": progress} if progress else {}
+    params, report = load_params(folder, theirs, tensors, model, mesh, dtype, **options)
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    model = dataclasses.replace(model, dtype="bfloat16" if kinds == {"bfloat16"} else "float32")
+    regression = objective == "classification" and theirs.get("problem_type") == "regression"
+    config = Config(
+        model=model,
+        objective=Objective(name=objective, task="regression" if regression else "classification"),
+        data=Data(length=_longest(model), labels=labels if objective == "classification" and not regression else ()),
+        tokenizer=Tokenizer(kind="published", path=str(folder)),
+    )
+    return Published(config, params, tokenizer, report)
+
+
+def config_extras(config: Config, tokenizer: Any) -> dict[str, Any]:
+    """What ``config.json`` says beside the model: names of the classes and ids of special tokens."""
+    ids = {name: getattr(tokenizer, name) for name in ("pad_id", "bos_id", "eos_id")}
+    extras: dict[str, Any] = {name.replace("_id", "_token_id"): i for name, i in ids.items() if i is not None}
+    if config.objective.name == "classification":
+        if config.objective.task == "regression":
+            extras |= {"problem_type": "regression", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        else:
+            names = config.data.labels or tuple(map(str, range(config.model.num_classes)))
+            extras |= {"id2label": {str(i): name for i, name in enumerate(names)}}
+            extras |= {"label2id": {name: i for i, name in enumerate(names)}}
+    return extras
+
+
+def fetch(name: str) -> Path:
+    """The folder of a hub name: from the cache, or fetched where there is a network.
+
+    Raises:
+      CheckpointError: there is no such name, or no network and it is not in the cache.
+      LmxError: the package huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise missing_extra("huggingface_hub", "hf", f"the hub name {name!r}") from None
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"]))
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{name!r} is neither a folder here nor in the hub's cache, and the hub cannot be reached."
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise CheckpointError(f"{name!r} cannot be fetched from the hub: {str(error).splitlines()[0]}") from None
+    return folder
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether the text can be a name on the hub and is no path here."""
+    return HUB_NAME.fullmatch(path) is not None and not Path(path).expanduser().exists()
+
+
+def body_of(config: Config) -> Config:
+    """``config`` with the body of the published checkpoint that ``train.init_from`` names.
+
+    Its own heads, classes, pooling of gradients and memory (``dtype``, ``remat``) stay.
+    """
+    folder = Path(config.train.init_from).expanduser()
+    theirs, ours = read_config(folder), config.model
+    model = model_config(theirs, open_tensors(folder), ours.heads, ours.num_classes)
+    kept = {name: getattr(ours, name) for name in ("dtype", "remat", "head_dropout", "num_classes")}
+    return dataclasses.replace(config, model=dataclasses.replace(model, **kept))
+
+
+def _labels(config: Mapping[str, Any]) -> Sequence[str]:
+    names = config.get("id2label")
+    if names:
+        return tuple(names[key] for key in sorted(names, key=int))
+    return tuple(f"LABEL_{i}" for i in range(config.get("num_labels", 2)))
+
+
+def _longest(model: Model) -> int:
+    return min(model.max_length, LONGEST_ROW) if model.position == "learned" else LONGEST_ROW

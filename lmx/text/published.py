@@ -1,0 +1,279 @@
+"""Tokenizers of published checkpoints, as the folder has them: ids, special tokens and offsets as published."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmx.errors import DataError, LmxError, missing_extra
+from lmx.text.subwords import FileTokenizer, library, read_text, sentinels
+from lmx.text.tokenizers import Frame
+
+# What says how the tokenizer is used; kept and written back as found.
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json")
+TOKENIZER, WORD_PIECE, MERGES = "tokenizer.json", "vocab.txt", ("vocab.json", "merges.txt")
+SENTENCE_PIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+ROLES = {name: f"{name.removesuffix('_token')}_id" for name in (
+    "pad_token", "bos_token", "eos_token", "unk_token", "mask_token", "cls_token", "sep_token"
+)}  # fmt: skip
+
+
+class PublishedTokenizer(FileTokenizer):
+    """The tokenizer of a folder in the form of Hugging Face's ``transformers``."""
+
+    kind = "published"
+
+    def __init__(self, serialized: str, settings: Mapping[str, str]):
+        """Opens a tokenizer.
+
+        Args:
+          serialized: the content of ``tokenizer.json``.
+          settings: files of ``SETTINGS`` that are there, by name.
+
+        Raises:
+          DataError: a file is damaged.
+        """
+        super().__init__(serialized)
+        self._settings = dict(settings)
+        config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
+        names = self._tokenizer.get_vocab()
+        named = {role: names.get(_content(config[key])) for key, role in ROLES.items() if config.get(key)}
+        if named:
+            for role in ROLES.values():
+                setattr(self, role, named.get(role))
+        self._honour(config)
+        added = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        roles = {i for i in (getattr(self, role) for role in ROLES.values()) if i is not None}
+        self.special_ids = frozenset(added | roles)
+        self._config = config
+
+    @classmethod
+    def open(cls, folder: Path) -> "PublishedTokenizer":
+        """Opens whichever files the folder has.
+
+        Raises:
+          DataError: there are none, or they are damaged.
+        """
+        settings = {name: read_text(folder / name) for name in SETTINGS if (folder / name).is_file()}
+        model = folder / "config.json"
+        model_type = _parsed(model.name, read_text(model)).get("model_type", "") if model.is_file() else ""
+        if (folder / TOKENIZER).is_file():
+            return cls(read_text(folder / TOKENIZER), settings)
+        config = _parsed("tokenizer_config.json", settings.get("tokenizer_config.json", "{}"))
+        if (folder / WORD_PIECE).is_file():
+            return cls(_word_piece(folder / WORD_PIECE, config), settings)
+        if all((folder / name).is_file() for name in MERGES):
+            return cls(_byte_pairs(folder, model_type), settings)
+        found = next((folder / name for name in SENTENCE_PIECE if (folder / name).is_file()), None)
+        if found is not None:
+            return cls(_sentence_pieces(found, model_type, config), settings)
+        raise DataError(
+            f"{folder} has no tokenizer: {TOKENIZER}, {WORD_PIECE}, {' with '.join(MERGES)} or a SentencePiece model "
+            f"({', '.join(SENTENCE_PIECE)}) was looked for."
+        )
+
+    @classmethod
+    def load(cls, folder: Path, lowercase: bool) -> "PublishedTokenizer":
+        """Opens what ``save`` wrote."""
+        return cls.open(folder)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text with its special tokens, and the characters (from, to) that each stands for."""
+        encoding = self._tokenizer.encode(text)
+        return encoding.ids, encoding.offsets
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **values: Any) -> str:
+        """The text of a conversation by the folder's chat template.
+
+        Args:
+          messages: ``{"role": "user", "content": "…"}`` and so on.
+          add_generation_prompt: end with what begins an answer.
+          values: whatever else the template reads (tools, documents).
+
+        Raises:
+          LmxError: there is no template, or it refuses the messages.
+        """
+        template = self._settings.get("chat_template.jinja") or self._config.get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = {item["name"]: item["template"] for item in template}.get("default")
+        if not template:
+            raise LmxError("this tokenizer has no chat template.")
+        special = {key: _content(self._config[key]) for key in ROLES if self._config.get(key)}
+        return _render(template, special | values | {"messages": messages, "add_generation_prompt": add_generation_prompt})
+
+    def frame(self, pair: bool = False) -> Frame:
+        """As the folder's post-processor has it, seen on a text (or two) of one token."""
+        encode = self._tokenizer.encode
+        one = encode("a", add_special_tokens=False)
+        one.truncate(1)
+        framed = self._tokenizer.post_process(one, one if pair else None)
+        places = [i for i, text in enumerate(framed.sequence_ids) if text is not None]
+        first, last = places[0], places[-1]
+        types = framed.type_ids[first], framed.type_ids[last]
+        return Frame(*(tuple(framed.ids[side]) for side in (slice(first), slice(last + 1, None))), 
+                     tuple(framed.ids[first + 1 : last]), types)
+
+    def _honour(self, config: Mapping[str, Any]) -> None:
+        """Special tokens that ``tokenizer_config.json`` asks for, whatever ``tokenizer.json`` has (Llama)."""
+        if "Llama" not in config.get("tokenizer_class", "") or not {"add_bos_token", "add_eos_token"} & set(config):
+            return
+        before = [config["bos_token"]] if config.get("add_bos_token", True) and config.get("bos_token") else []
+        after = [config["eos_token"]] if config.get("add_eos_token", False) and config.get("eos_token") else []
+        before, after = [[_content(token) for token in side] for side in (before, after)]
+        single = [*before, "$A", *after]
+        pair = [*single, *(f"{piece}:1" for piece in [*before, "$B", *after])]
+        tokens = [(token, self._tokenizer.token_to_id(token)) for token in dict.fromkeys([*before, *after])]
+        processors = library().processors
+        self._tokenizer.post_processor = processors.TemplateProcessing(single, pair, tokens)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return _parsed(name, self._settings.get(name, "{}"))
+
+    def _files(self):
+        return self._published(), {}
+
+    def _published(self):
+        files, _ = super()._files()
+        return files | {name: text.encode() for name, text in self._settings.items()}
+
+
+def _parsed(name: str, text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{name} is no JSON object: {error}.") from None
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, Mapping) else token
+
+
+def _word_piece(path: Path, config: Mapping[str, Any]) -> str:
+    """BERT's vocab.txt."""
+    pieces = read_text(path).removesuffix("\n").split("\n")
+    vocabulary = {piece.rstrip("\r"): i for i, piece in enumerate(pieces)}
+    return (
+        library()
+        .BertWordPieceTokenizer(
+            vocabulary,
+            lowercase=config.get("do_lower_case", True),
+            strip_accents=config.get("strip_accents"),
+            handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        )
+        .to_str()
+    )
+
+
+def _byte_pairs(folder: Path, model_type: str) -> str:
+    """GPT-2's and RoBERTa's vocab.json and merges.txt."""
+    tokenizers = library()
+    vocabulary, merges = tokenizers.models.BPE.read_file(*(str(folder / name) for name in MERGES))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if model_type == "roberta":
+        sep, cls = [(name, vocabulary[name]) for name in ("</s>", "<s>")]
+        tokenizer.post_processor = tokenizers.processors.RobertaProcessing(sep, cls, add_prefix_space=False)
+        names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+        specials = [tokenizers.AddedToken(name, special=True, lstrip=name == "<mask>") for name in names]
+        tokenizer.add_special_tokens([token for token in specials if token.content in vocabulary])
+    else:
+        tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+        tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer.to_str()
+
+
+def _sentence_pieces(path: Path, model_type: str, config: Mapping[str, Any]) -> str:
+    """T5's unigram model (with its sentinels) or Llama's byte pairs."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as formats
+
+        model = formats.ModelProto.FromString(path.read_bytes())
+    except ImportError:
+        raise missing_extra("protobuf", "hf", f"{path.name}, a SentencePiece model") from None
+    except Exception as error:  # protobuf's own kinds
+        raise DataError(f"{path} is not a SentencePiece model: {error}.") from None
+    tokenizers = library()
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    names = [piece for piece, _ in pieces]
+    control = [piece.piece for piece in model.pieces if piece.type == formats.ModelProto.SentencePiece.CONTROL]
+    unknown = names[model.trainer_spec.unk_id]
+    if model.trainer_spec.model_type == formats.TrainerSpec.BPE:
+        return _llama(tokenizers, pieces, control, unknown, config)
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.Unigram(pieces, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback)
+    )
+    normalizers = [tokenizers.normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap)]
+    if not model.normalizer_spec.precompiled_charsmap:
+        normalizers = []
+    normalizers += [
+        tokenizers.normalizers.Strip(left=False, right=True),
+        tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), "\u2581"),
+    ]
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(normalizers)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("\u2581", prepend_scheme="always")
+    tokenizer.decoder = tokenizers.decoders.Metaspace("\u2581", prepend_scheme="always")
+    eos = "</s>"
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        ["$A", eos], ["$A", eos, "$B", eos], [(eos, names.index(eos))]
+    )
+    extra = config.get("extra_ids", 100 if model_type in ("t5", "switch_transformers") else 0)
+    tokenizer.add_special_tokens([*control, unknown])
+    if not sentinels(dict(zip(names, range(len(names)), strict=True))):
+        tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(extra))])
+    return tokenizer.to_str()
+
+
+def _llama(tokenizers, pieces, control, unknown, config) -> str:
+    """Llama's byte pairs: the merges are the pairs of pieces that make a piece, the best scores first."""
+    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+    merges = []
+    for piece, score in pieces:
+        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in ids and piece[i:] in ids]
+        pairs.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        merges += [(score, pair) for pair in pairs if piece not in control]
+    merges.sort(key=lambda merge: -merge[0])
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(ids, [pair for _, pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    decoders = tokenizers.decoders
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([unknown, *control])
+    bos = "<s>"
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        [bos, "$A"], [bos, "$A", f"{bos}:1", "$B:1"], [(bos, ids[bos])]
+    )
+    return tokenizer.to_str()
+
+
+def _render(template: str, values: Mapping[str, Any]) -> str:
+    """Renders a chat template as ``transformers`` does, in a sandbox."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise missing_extra("jinja2", "hf", "a chat template") from None
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda pattern: np.datetime64("now").item().strftime(pattern)
+    try:
+        return environment.from_string(template).render(**values)
+    except TemplateError as error:
+        raise LmxError(f"the chat template refused: {error}") from None
