@@ -118,7 +118,10 @@ def _check_objective(config: "Config") -> None:
         architecture in (None, model.architecture),
         f"objective {objective.name!r} needs model.architecture={architecture!r}, not {model.architecture!r}.",
     )
-    _require(head is None or head in model.heads, f"objective {objective.name!r} needs {head!r} in model.heads, not {model.heads}.")
+    _require(
+        head is None or head in model.heads,
+        f"objective {objective.name!r} needs {head!r} in model.heads, not {model.heads}.",
+    )
     _require(
         not objective.next_sentence
         or ("classification" in model.heads and model.num_classes == 2 and model.num_token_types >= 2),

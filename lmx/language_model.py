@@ -12,7 +12,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, PyTree
@@ -90,7 +89,9 @@ class LanguageModel:
         """
         heads = [head for head in self.config.model.heads if head != "pooler"]
         if not heads:
-            raise LmxError("this model has no head that scores anything; see hidden_states, or load it with num_classes.")
+            raise LmxError(
+                "this model has no head that scores anything; see hidden_states, or load it with num_classes."
+            )
         head = "classification" if self.config.objective.name == "classification" else heads[0]
         batch = self._batch(input_ids, attention_mask, token_type_ids, decoder_input_ids)
         return _outputs(self.model, self.params, batch, f"{head}_logits")

@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 
 from lmx.config import Model, layer_period
 from lmx.errors import CheckpointError
-from lmx.interop.families import family_of, head_of
+from lmx.interop.families import family_of
 from lmx.interop.family import Family, build_model
 from lmx.interop.files import Tensors, write_tensors
 from lmx.interop.layouts import Weight, whole
@@ -67,9 +67,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def model_config(
-    config: Mapping[str, Any], tensors: Tensors, heads: tuple[str, ...], num_classes: int = 2
-) -> Model:
+def model_config(config: Mapping[str, Any], tensors: Tensors, heads: tuple[str, ...], num_classes: int = 2) -> Model:
     """The model that a ``config.json`` and its tensors describe, with these heads.
 
     Whether the output layer is tied the tensors decide where they can: it is if there is none, and is not if it
@@ -137,7 +135,9 @@ def load_params(
     fresh = [target for target in targets if target.missing(named) is not None]
     for target in fresh:
         if not target.name.startswith("heads/"):
-            raise CheckpointError(f"{folder} lacks the tensor {target.missing(named)}, which {target.name} is read from.")
+            raise CheckpointError(
+                f"{folder} lacks the tensor {target.missing(named)}, which {target.name} is read from."
+            )
     ignored = _ignored(folder, family, model, tensors, named, found)
     for target in found:
         target.check(tensors, named)
@@ -186,7 +186,9 @@ def save_pretrained(
 class _Target:
     """One parameter to fill, stacked over layers or not."""
 
-    def __init__(self, name: str, shape: tuple[int, ...], sharding: Sharding, table: Mapping[str, Weight], model: Model):
+    def __init__(
+        self, name: str, shape: tuple[int, ...], sharding: Sharding, table: Mapping[str, Weight], model: Model
+    ):
         self.name, self.shape, self.sharding = name, shape, sharding
         match = re.fullmatch(r"(\w+)/layers/block_(\d+)/(.*)", name)
         if match:

@@ -65,4 +65,3 @@ def rotary_keys(model: Model, base_key: str = "rope_theta", fraction_key: str = 
         named = {theirs: getattr(scaling, ours) for ours, theirs in KEYS[scaling.kind].items()}
         keys["rope_scaling"] = {"rope_type": scaling.kind} | {k: v for k, v in named.items() if v is not None}
     return keys
-

@@ -40,9 +40,8 @@ class PublishedTokenizer(FileTokenizer):
         config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
         names = self._tokenizer.get_vocab()
         named = {role: names.get(_content(config[key])) for key, role in ROLES.items() if config.get(key)}
-        if named:
-            for role in ROLES.values():
-                setattr(self, role, named.get(role))
+        for role in ROLES.values():
+            setattr(self, role, named.get(role) if named else _usual(role, names))
         self._honour(config)
         added = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         roles = {i for i in (getattr(self, role) for role in ROLES.values()) if i is not None}
@@ -101,19 +100,18 @@ class PublishedTokenizer(FileTokenizer):
         if not template:
             raise LmxError("this tokenizer has no chat template.")
         special = {key: _content(self._config[key]) for key in ROLES if self._config.get(key)}
-        return _render(template, special | values | {"messages": messages, "add_generation_prompt": add_generation_prompt})
+        return _render(
+            template, special | values | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        )
 
     def frame(self, pair: bool = False) -> Frame:
         """As the folder's post-processor has it, seen on a text (or two) of one token."""
-        encode = self._tokenizer.encode
-        one = encode("a", add_special_tokens=False)
-        one.truncate(1)
-        framed = self._tokenizer.post_process(one, one if pair else None)
-        places = [i for i, text in enumerate(framed.sequence_ids) if text is not None]
-        first, last = places[0], places[-1]
-        types = framed.type_ids[first], framed.type_ids[last]
-        return Frame(*(tuple(framed.ids[side]) for side in (slice(first), slice(last + 1, None))), 
-                     tuple(framed.ids[first + 1 : last]), types)
+        framed = self._tokenizer.encode("a", "a" if pair else None)
+        texts = framed.sequence_ids
+        first, last = texts.index(0), len(texts) - texts[::-1].index(int(pair))
+        ids, types = framed.ids, framed.type_ids
+        between = tuple(token for token, text in zip(ids[first:last], texts[first:last], strict=True) if text is None)
+        return Frame(tuple(ids[:first]), tuple(ids[last:]), between, (types[first], types[last - 1]))
 
     def _honour(self, config: Mapping[str, Any]) -> None:
         """Special tokens that ``tokenizer_config.json`` asks for, whatever ``tokenizer.json`` has (Llama)."""
@@ -144,6 +142,21 @@ def _parsed(name: str, text: str) -> dict[str, Any]:
         return dict(json.loads(text))
     except (ValueError, TypeError) as error:
         raise DataError(f"{name} is no JSON object: {error}.") from None
+
+
+def _usual(role: str, names: Mapping[str, int]) -> int | None:
+    """The special token of a role where the files name none: by what BERT, RoBERTa, GPT-2 and T5 call them."""
+    brackets, roberta = "[CLS]" in names, {"<s>", "</s>", "<mask>"} <= set(names)
+    usual = {
+        "pad_id": ("[PAD]", "<pad>"),
+        "unk_id": ("[UNK]", "<unk>", "<|endoftext|>"),
+        "mask_id": ("[MASK]", "<mask>"),
+        "bos_id": () if brackets else ("<s>", "<|endoftext|>"),
+        "eos_id": () if brackets else ("</s>", "<|endoftext|>"),
+        "cls_id": ("[CLS]",) if brackets else ("<s>",) if roberta else (),
+        "sep_id": ("[SEP]",) if brackets else ("</s>",) if roberta else (),
+    }
+    return next((names[name] for name in usual[role] if name in names), None)
 
 
 def _content(token: Any) -> str:
@@ -205,15 +218,12 @@ def _sentence_pieces(path: Path, model_type: str, config: Mapping[str, Any]) -> 
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.Unigram(pieces, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback)
     )
-    normalizers = [tokenizers.normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap)]
-    if not model.normalizer_spec.precompiled_charsmap:
-        normalizers = []
-    normalizers += [
-        tokenizers.normalizers.Strip(left=False, right=True),
-        tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), "\u2581"),
-    ]
-    tokenizer.normalizer = tokenizers.normalizers.Sequence(normalizers)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("\u2581", prepend_scheme="always")
+    if model.normalizer_spec.precompiled_charsmap:
+        tokenizer.normalizer = tokenizers.normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap)
+    spaces = tokenizers.pre_tokenizers
+    tokenizer.pre_tokenizer = spaces.Sequence(
+        [spaces.WhitespaceSplit(), spaces.Metaspace("\u2581", prepend_scheme="always")]
+    )
     tokenizer.decoder = tokenizers.decoders.Metaspace("\u2581", prepend_scheme="always")
     eos = "</s>"
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -238,9 +248,8 @@ def _llama(tokenizers, pieces, control, unknown, config) -> str:
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(ids, [pair for _, pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    tokenizer.normalizer = tokenizers.normalizers.Sequence(
-        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
-    )
+    scheme = "always" if config.get("legacy", False) else "first"
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("\u2581", prepend_scheme=scheme, split=False)
     decoders = tokenizers.decoders
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

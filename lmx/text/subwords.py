@@ -251,7 +251,7 @@ def characters_json(characters: str, first: int, sentinel_ids: Sequence[int], lo
     tokenizers = library()
     vocabulary = _special_names(sentinel_ids) | {c: first + i for i, c in enumerate(characters)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(?s)."), "isolated")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = tokenizers.decoders.Fuse()
     return _with_specials(tokenizer, sentinel_ids, lowercase)
 

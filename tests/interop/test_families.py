@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lmx.errors import CheckpointError
+from lmx.generation.decode import generate
 from lmx.interop.families import family_of, head_of
 from lmx.interop.files import open_tensors
 from lmx.interop.pretrained import load_params, model_config, read_config, save_pretrained
-from lmx.generation.decode import generate
 from lmx.models.stack import unroll_params
 from lmx.models.transformer import Transformer
 from tests.interop import zoo
@@ -45,7 +45,11 @@ def opened(variant, folder, dtype=None, mesh=None, **changes):
 def batch_of(model, inputs):
     ids = {name: jnp.asarray(value, jnp.int32) for name, value in inputs.items()}
     if model.architecture == "encoder_decoder":
-        names = {"input_ids": "encoder_tokens", "attention_mask": "encoder_segments", "decoder_input_ids": "decoder_tokens"}
+        names = {
+            "input_ids": "encoder_tokens",
+            "attention_mask": "encoder_segments",
+            "decoder_input_ids": "decoder_tokens",
+        }
     else:
         names = {"input_ids": "tokens", "attention_mask": "segments"}
     return {names[name]: value for name, value in ids.items()}

@@ -27,7 +27,9 @@ VARIANTS = {
     "bert": lambda: hf.BertModel(hf.BertConfig(**COMMON)),
     "bert-mlm": lambda: hf.BertForMaskedLM(hf.BertConfig(**COMMON)),
     "bert-pretraining": lambda: hf.BertForPreTraining(hf.BertConfig(**COMMON)),
-    "bert-classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(num_labels=3, hidden_act="relu", **COMMON)),
+    "bert-classifier": lambda: hf.BertForSequenceClassification(
+        hf.BertConfig(num_labels=3, hidden_act="relu", **COMMON)
+    ),
     "bert-questions": lambda: hf.BertForQuestionAnswering(hf.BertConfig(hidden_act="gelu_new", **COMMON)),
     "roberta-mlm": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**ROBERTA)),
     "roberta-classifier": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**ROBERTA)),

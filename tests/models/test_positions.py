@@ -29,7 +29,9 @@ def test_rotation_by_hand():
         c * math.cos(fast) + a * math.sin(fast),
         d * math.cos(slow) + b * math.sin(slow),
     ]
-    np.testing.assert_allclose(rotate(x, jnp.array([[5]]), small(position="rotary", rotary_base=100.0))[0, 0, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(
+        rotate(x, jnp.array([[5]]), small(position="rotary", rotary_base=100.0))[0, 0, 0], expected, atol=1e-6
+    )
 
 
 def test_rotary_scores_depend_on_distance_alone():
