@@ -85,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--text", action="append", required=True, metavar="TEXT", help="may be given several times")
     predict.add_argument("--pair", action="append", metavar="TEXT", help="the second text of each pair")
 
+    convert = command("convert", _convert, "Write a model in another form, to and from published checkpoints.")
+    convert.add_argument(
+        "source", metavar="SRC", help="a run, an exported folder, a published checkpoint or a hub name"
+    )
+    convert.add_argument("target", metavar="DST", help="the folder to write; it must not exist, or be empty")
+    convert.add_argument("--format", choices=("hf", "lmx"), default="lmx", help="hf is what transformers opens (lmx)")
+
     tokenizer = command("tokenizer", _tokenizer, "Train a SentencePiece tokenizer.")
     tokenizer.add_argument("--data", required=True, metavar="SOURCE", help="such as text:books/*.txt")
     tokenizer.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
@@ -146,6 +153,20 @@ def _predict(args: argparse.Namespace, overrides: list[str], console: Console) -
     texts = list(zip(args.text, args.pair, strict=True)) if args.pair else args.text
     for text, prediction in zip(texts, lmx.load(args.workdir).predict(texts), strict=True):
         console.print(json.dumps({"text": text, **prediction}, ensure_ascii=False), highlight=False, markup=False)
+
+
+def _convert(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    import lmx
+
+    with console.status(f"reading {args.source}"):
+        model = lmx.load(args.source)
+    with console.status(f"writing {args.target}"):
+        model.save(args.target, format=args.format)
+    config = model.config.model
+    console.print(
+        f"{config.architecture}, {config.num_layers} layers, {config.embed_dim} wide: {Path(args.target).resolve()}",
+        highlight=False,
+    )
 
 
 def _tokenizer(args: argparse.Namespace, overrides: list[str], console: Console) -> None:

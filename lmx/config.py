@@ -297,7 +297,10 @@ class Train:
     checkpoint_every: int = option(500, "Steps between checkpoints.", low=1)
     keep_checkpoints: int = option(2, "Newest checkpoints kept, beside the best.", low=1)
     strategy: str = option("pjit", "How the step is compiled.", choices=("jit", "pmap", "pjit"))
-    init_from: str = option("", "Workdir to start from; its heads are not taken over where shapes differ.")
+    init_from: str = option(
+        "",
+        "Workdir, published checkpoint or hub name to start from; heads are not taken over where shapes differ.",
+    )
     early_stop_evals: int = option(0, "Stop after so many evaluations without a better eval loss; 0: never.", low=0)
     early_stop_delta: float = option(0.0, "Smallest fall of the eval loss that counts as better.", low=0)
     samples: int = option(2, "Continuations written to samples.txt at each evaluation (decoders).", low=0)

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from lmx.config import Config
 from lmx.errors import CheckpointError, LmxError, nearest
 from lmx.generation.decode import bucket, generate, pad_prompts
-from lmx.interop.opening import config_extras, fetch, is_hub_name, open_published
+from lmx.interop.opening import config_extras, locate, open_published
 from lmx.interop.pretrained import is_pretrained, save_pretrained
 from lmx.models.heads import num_params
 from lmx.models.stack import unroll_params
@@ -310,7 +310,7 @@ def load(
     Raises:
       CheckpointError: there is no such model, it is damaged, or it cannot be represented.
     """
-    folder = fetch(str(path)) if is_hub_name(str(path)) else Path(path).expanduser().resolve()
+    folder = locate(str(path))
     if is_pretrained(folder):
         opened = open_published(folder, num_classes=num_classes, mesh=mesh, dtype=dtype)
         for name in opened.report.fresh:

@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors (one, or sharded with an index) and PyTorch's ``.bin``; read by parts, written whole."""
+"""Files of tensors: safetensors (single, or sharded with an index) and PyTorch's; read by parts, written whole."""
 
 import abc
 import json

@@ -51,7 +51,7 @@ class Weight:
         return [(self.theirs.format(experts=expert), inner) for expert in range(shape[0])]
 
     def read(self, read: Reader, shape: Sequence[int], index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
-        """The part ``index`` (slices with numbers) of the parameter of ``shape``, and no more of the files than that."""
+        """The part ``index`` (slices with numbers) of the parameter of ``shape``; no more than that is read."""
         out = np.empty([piece.stop - piece.start for piece in index], dtype)
         if "{experts}" in self.theirs:
             layout = _Layout(self, shape[1:])

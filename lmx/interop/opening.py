@@ -10,7 +10,7 @@ import jax
 from jaxtyping import PyTree
 
 from lmx.config import Config, Data, Model, Objective, Tokenizer
-from lmx.errors import CheckpointError, missing_extra
+from lmx.errors import CheckpointError
 from lmx.interop.families import family_of, head_of
 from lmx.interop.files import open_tensors
 from lmx.interop.pretrained import Report, load_params, model_config, read_config
@@ -94,37 +94,35 @@ def fetch(name: str) -> Path:
 
     Raises:
       CheckpointError: there is no such name, or no network and it is not in the cache.
-      LmxError: the package huggingface_hub is not installed.
     """
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError:
-        raise missing_extra("huggingface_hub", "hf", f"the hub name {name!r}") from None
+        raise CheckpointError(
+            f"there is no folder {name!r} here; to fetch a model of that name from the hub, install 'lmx[hf]'."
+        ) from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"]))
     except LocalEntryNotFoundError:
         raise CheckpointError(
-            f"{name!r} is neither a folder here nor in the hub's cache, and the hub cannot be reached."
+            f"there is no folder {name!r} here, the hub's cache has no model of that name, and the hub cannot be reached."
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(f"{name!r} cannot be fetched from the hub: {str(error).splitlines()[0]}") from None
     return folder
 
 
-def is_hub_name(path: str) -> bool:
-    """Whether the text can be a name on the hub and is no path here."""
-    return HUB_NAME.fullmatch(path) is not None and not Path(path).expanduser().exists()
+def locate(path: str) -> Path:
+    """The folder that is meant: the path itself, or, where there is none, the hub's of that name."""
+    folder = Path(path).expanduser()
+    return fetch(path) if HUB_NAME.fullmatch(path) and not folder.exists() else folder.resolve()
 
 
-def body_of(config: Config) -> Config:
-    """``config`` with the body of the published checkpoint that ``train.init_from`` names.
-
-    Its own heads, classes, pooling of gradients and memory (``dtype``, ``remat``) stay.
-    """
-    folder = Path(config.train.init_from).expanduser()
+def body_of(config: Config, folder: Path) -> Config:
+    """``config`` with the body of a published checkpoint. Its heads and how it is computed stay its own."""
     theirs, ours = read_config(folder), config.model
     model = model_config(theirs, open_tensors(folder), ours.heads, ours.num_classes)
     kept = {name: getattr(ours, name) for name in ("dtype", "remat", "head_dropout", "num_classes")}

@@ -216,8 +216,8 @@ class _Target:
             found = tensors.shapes[named[name]]
             if found != shape:
                 raise CheckpointError(
-                    f"tensor {named[name]} of {tensors.files[named[name]]} has shape {list(found)}, but config.json makes "
-                    f"it {list(shape)}."
+                    f"tensor {named[name]} of {tensors.files[named[name]]} has shape {list(found)}, but config.json "
+                    f"makes it {list(shape)}."
                 )
 
     def load(self, read: Callable, dtype: np.dtype) -> jax.Array:

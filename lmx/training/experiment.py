@@ -10,9 +10,9 @@ import jax
 import optax
 from rich.console import Console
 
-from lmx.config import Config
+from lmx.config import Config, to_dict
 from lmx.errors import ConfigError
-from lmx.interop.opening import body_of
+from lmx.interop.opening import body_of, locate
 from lmx.interop.pretrained import is_pretrained
 from lmx.models.transformer import Transformer, init_params
 from lmx.objectives import Objective, make_objective
@@ -23,6 +23,7 @@ from lmx.text.pipeline import make_batches
 from lmx.text.published import PublishedTokenizer
 from lmx.text.tokenizers import load_tokenizer, make_tokenizer
 from lmx.training.optimizers import make_optimizer
+from lmx.training.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,17 +93,13 @@ def build(asked: Config, workdir: Path, console: Console, devices: Any = None) -
     Raises:
       LmxError: the config does not fit the devices, the data or the tokenizer.
     """
-    asked_model = asked
-    if asked.train.init_from and is_pretrained(Path(asked.train.init_from).expanduser()):
-        console.print(f"[bold]model[/] of {asked.train.init_from} (the body that config.model describes is not used)")
-        asked = body_of(asked)
     mesh = make_mesh(asked.mesh, devices)
     check_strategy(asked.train.strategy, mesh)
     split = split_batch(asked.train, mesh)
     tokenizer = _tokenizer(asked, workdir, console)
-    config = resolve(asked, tokenizer)
+    config = resolve(_with_body(asked, workdir, console), tokenizer)
     objective = make_objective(config, tokenizer)
-    return Experiment(config, asked_model, tokenizer, objective, Transformer(config.model), mesh, split)
+    return Experiment(config, asked, tokenizer, objective, Transformer(config.model), mesh, split)
 
 
 def resolve(config: Config, tokenizer: Any) -> Config:
@@ -146,11 +143,28 @@ def _labels(config: Config) -> tuple[str, ...]:
     return tuple(str(label) for label in sorted(found, key=lambda x: (isinstance(x, str), x)))
 
 
+def _with_body(config: Config, workdir: Path, console: Console) -> Config:
+    """The config with the model's body as the published checkpoint has it that ``train.init_from`` names, if any."""
+    source = config.train.init_from
+    if not source or (Path(source).expanduser() / "checkpoints").is_dir():
+        return config
+    if (workdir / "config.json").is_file():  # the run knows; the checkpoint may be gone
+        started = read_config(workdir).model
+        return config.replace(
+            model=to_dict(config)["model"] | dataclasses.asdict(started) | {"remat": config.model.remat}
+        )
+    folder = locate(source)
+    if not is_pretrained(folder):
+        return config
+    console.print(f"[bold]model[/] of {source} (the body that config.model describes is not used)")
+    return body_of(config, folder)
+
+
 def _tokenizer(config: Config, workdir: Path, console: Console) -> Any:
     if (workdir / "config.json").is_file():
         return load_tokenizer(workdir / "tokenizer")
     if config.train.init_from:
-        source = Path(config.train.init_from).expanduser()
+        source = locate(config.train.init_from)
         console.print(f"[bold]tokenizer[/] of {config.train.init_from} (config.tokenizer is not used)")
         return PublishedTokenizer.open(source) if is_pretrained(source) else load_tokenizer(source / "tokenizer")
     return make_tokenizer(config.tokenizer, _texts(config))

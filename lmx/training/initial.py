@@ -1,6 +1,5 @@
 """Where parameters come from, in this order: the run's own checkpoint, another run (``train.init_from``), scratch."""
 
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +10,7 @@ from rich.console import Console
 from lmx.config import Config
 from lmx.errors import CheckpointError
 from lmx.interop.files import open_tensors
+from lmx.interop.opening import locate
 from lmx.interop.pretrained import is_pretrained, load_params, read_config
 from lmx.models.stack import to_layout
 from lmx.parallel.compile import call_in_mesh
@@ -62,7 +62,7 @@ def initial_state(
 def check_init_from(experiment: Experiment) -> None:
     """Raises :class:`CheckpointError` where ``train.init_from`` does not fit the model; reads no array."""
     source = experiment.config.train.init_from
-    if source and not is_pretrained(Path(source).expanduser()):  # a published body always fits
+    if source and not is_pretrained(locate(source)):  # a published body always fits
         with Checkpoints(source, read_only=True) as checkpoints:
             saved = checkpoints.abstract_params()
         found = jax.eval_shape(lambda params: to_layout(params, experiment.config.model), saved)
@@ -71,7 +71,7 @@ def check_init_from(experiment: Experiment) -> None:
 
 def _taken_over(config: Config, params: Any, mesh: jax.sharding.Mesh) -> tuple[Any, list[str]]:
     """The other run's parameters in the layout of ``params``, and the names of those kept fresh (heads only)."""
-    folder = Path(config.train.init_from).expanduser()
+    folder = locate(config.train.init_from)
     if is_pretrained(folder):
         theirs, tensors = read_config(folder), open_tensors(folder)
         found, report = load_params(folder, theirs, tensors, config.model, mesh, "float32", config.seed)

@@ -63,7 +63,8 @@ def train(config: Config, workdir: str | Path, *, console: Console | None = None
     experiment = build(config, workdir, console, devices)
     batches = experiment.train_batches()
     experiment.eval_batches()  # a held-out source that can't be opened is an error now, not at the first evaluation
-    check_init_from(experiment)
+    if not (workdir / "config.json").is_file():  # a run that has begun does not need what it began from
+        check_init_from(experiment)
     experiment.tokenizer.save(workdir / "tokenizer")
     write_config(workdir, experiment.config, config, num_params(experiment.abstract_params()))
     _print_header(experiment, workdir, console)

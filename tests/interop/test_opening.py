@@ -1,0 +1,171 @@
+"""`lmx.load`, `save(format="hf")`, fine-tuning from a published checkpoint, and the command line."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers as hf
+
+import lmx
+from lmx.cli import main
+from lmx.config import Mesh, from_dict, to_dict
+from lmx.errors import CheckpointError, LmxError
+from lmx.generation.decode import generate
+from lmx.interop.pretrained import is_pretrained
+from lmx.language_model import LanguageModel
+from lmx.models.transformer import Transformer
+from lmx.parallel.mesh import make_mesh
+from lmx.text.tokenizers import ByteTokenizer
+from tests.interop import zoo
+from tests.interop.test_families import batch_of, opened
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film", "good", "bad", "fine", "dull", "##s", "."]
+
+
+def published(folder, variant="bert-mlm"):
+    zoo.make(variant).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return folder
+
+
+def test_load_gives_what_transformers_gives_from_text(tmp_path):
+    folder = published(tmp_path)
+    lm = lmx.load(folder)
+    tokenizer, model = hf.AutoTokenizer.from_pretrained(folder), hf.AutoModelForMaskedLM.from_pretrained(folder)
+    inputs = tokenizer(["a good film .", "dull films"], padding=True, return_tensors="pt")
+    assert lm.encode("a good film .") == inputs["input_ids"][0].tolist()
+    found = np.asarray(lm.logits(inputs["input_ids"], inputs["attention_mask"], inputs["token_type_ids"]))
+    expected, real = model(**inputs).logits.detach().numpy(), inputs["attention_mask"].numpy() > 0
+    np.testing.assert_allclose(found[real], expected[real], atol=1e-5 * np.abs(expected).max())
+    states = model(**inputs, output_hidden_states=True).hidden_states
+    ours = lm.hidden_states(inputs["input_ids"], inputs["attention_mask"], inputs["token_type_ids"])
+    for name, state in zip(("embeddings", "layer_0/mlp_residual", "layer_1/mlp_residual"), states, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(ours[f"encoder/{name}"])[real], state.detach().numpy()[real], atol=1e-5, err_msg=name
+        )
+
+
+def test_a_body_without_a_head_represents_text_and_scores_nothing(tmp_path):
+    lm = lmx.load(published(tmp_path, "bert"))
+    assert "encoder/output" in lm.hidden_states("a film")
+    with pytest.raises(LmxError, match="no head that scores anything"):
+        lm.logits([[1, 2]])
+    with pytest.raises(LmxError, match="'none' and does not generate"):
+        lm.generate("a film")
+
+
+def test_saving_and_loading_again_gives_the_same(tmp_path):
+    lm = lmx.load(published(tmp_path / "first"))
+    for format in ("hf", "lmx"):
+        lm.save(tmp_path / format, format=format)
+        again = lmx.load(tmp_path / format)
+        np.testing.assert_array_equal(again.logits([[2, 5, 4, 6, 3]]), lm.logits([[2, 5, 4, 6, 3]]))
+        assert again.encode("good films .") == lm.encode("good films .")
+    assert is_pretrained(tmp_path / "hf") and not is_pretrained(tmp_path / "lmx")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+def test_a_model_of_our_own_configs_is_opened_by_transformers(name, tmp_path):
+    from tests.experiments.test_configs import get
+
+    config = get(name, "tiny")
+    tokenizer = ByteTokenizer(num_sentinels=config.tokenizer.num_sentinels)
+    model = to_dict(config)["model"] | {"vocab_size": tokenizer.vocab_size, "num_layers": 2, "scan_layers": True}
+    config = from_dict(to_dict(config) | {"model": model, "tokenizer": {"kind": "bytes"}})
+    params = jax.tree.map(
+        lambda x: x.value if hasattr(x, "value") else x,
+        Transformer(config.model).init(jax.random.key(0), example(config.model)),
+        is_leaf=lambda x: hasattr(x, "value"),
+    )["params"]
+    lm = LanguageModel(config, params, tokenizer)
+    lm.save(tmp_path / "hf", format="hf")
+    described = json.loads((tmp_path / "hf" / "config.json").read_text())
+    theirs, info = getattr(hf, described["architectures"][0]).from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values()), info
+    ids = np.asarray([[10, 20, 30, 40]])
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, :3]} if theirs.config.is_encoder_decoder else {})
+    expected = theirs.eval()(**{k: zoo.torch.tensor(v) for k, v in inputs.items()})[0].detach().numpy()
+    found = lm.logits(ids, decoder_input_ids=inputs.get("decoder_input_ids"))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    assert hf.AutoTokenizer.from_pretrained(tmp_path / "hf")("héllo")["input_ids"] == tokenizer.encode("héllo")
+
+
+def example(model):
+    two = model.architecture == "encoder_decoder"
+    return dict.fromkeys(("encoder_tokens", "decoder_tokens") if two else ("tokens",), jnp.ones((1, 2), jnp.int32))
+
+
+def test_what_no_family_has_is_refused_before_anything_is_written(tmp_path):
+    lm = lmx.load(published(tmp_path / "first"))
+    odd = dataclasses.replace(lm.config.model, attention_windows=(8,))
+    with pytest.raises(CheckpointError, match=r"model.attention_windows=\(8, 8\) cannot be written as 'bert'"):
+        dataclasses.replace(lm, config=dataclasses.replace(lm.config, model=odd)).save(tmp_path / "hf", format="hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_fine_tuning_from_a_published_checkpoint_and_going_on(tmp_path, capsys):
+    folder, run = published(tmp_path / "bert"), tmp_path / "run"
+    texts = [("a good film .", 1), ("fine films", 1), ("a dull film", 0), ("bad films .", 0)] * 8
+    data = tmp_path / "reviews.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in texts))
+    command = ["train", "--config", "experiments/bert_classify.py:tiny", "--workdir", str(run)]
+    command += [f"--config.data.{part}=jsonl:{data}" for part in ("train", "eval")]
+    command += [
+        f"--config.train.init_from={folder}",
+        "--config.data.length=16",
+        "--config.optimizer.learning_rate=3e-3",
+    ]
+    assert main(command) == 0
+    told = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert f"model of {folder}" in told and "fresh: heads/classification/output/bias" in told
+    for file in folder.iterdir():
+        file.unlink()  # the run does not need it any more
+    folder.rmdir()
+    assert main([*command, "--config.train.steps=70"]) == 0
+    assert "resumed at step 60" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert main(["predict", "--workdir", str(run), "--text", "a good film .", "--text", "bad films ."]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [prediction["label"] for prediction in found] == ["1", "0"]
+    assert main(["convert", str(run), str(tmp_path / "out"), "--format", "hf"]) == 0
+    theirs = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "out")
+    scores = theirs(**tokenizer("a good film .", return_tensors="pt")).logits.softmax(-1)
+    np.testing.assert_allclose(scores.max().item(), found[0]["probability"], rtol=1e-4)
+    assert theirs.config.id2label == {0: "0", 1: "1"}
+
+
+def test_a_name_that_is_nowhere_says_where_was_looked(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="no-such/model"):
+        lmx.load("no-such/model")
+
+
+@pytest.mark.parametrize("variant", ["bert-mlm", "gpt2", "pythia", "t5", "switch", "llama3", "mixtral"])
+def test_a_step_and_a_generation_on_a_mesh(variant, tmp_path):
+    mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    alone, spread = opened(variant, tmp_path), opened(variant, tmp_path, mesh=mesh)
+    inputs = {name: np.repeat(value, 2, 0) for name, value in zoo.inputs(alone.theirs).items()}
+    batch, head = batch_of(alone.model, inputs), f"{alone.model.heads[0]}_logits"
+
+    @jax.jit
+    def step(params):
+        def score(params):
+            return jax.nn.logsumexp(Transformer(alone.model).apply({"params": params}, batch)[head], -1).mean()
+
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(score)(params))
+
+    expected = step(alone.params)
+    with jax.set_mesh(mesh):
+        found = step(spread.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.device_get(found), expected)
+    if variant in zoo.GENERATES:
+        prompts = [[5, 6, 7, 8], [9, 10]]
+        ours = [
+            generate(Transformer(alone.model), params, prompts, max_new_tokens=8)
+            for params in (alone.params, spread.params)
+        ]
+        assert ours[0] == ours[1]
