@@ -5,9 +5,9 @@
         --config.data.train=jsonl:train.jsonl --config.data.eval=jsonl:eval.jsonl
     lmx predict --workdir runs/sentiment --text "This movie is great!"
 
-`init_from` is a folder of a published checkpoint (BERT, RoBERTa, DistilBERT, GPT-2, Llama, …) or its name on the hub; the
-body and the tokenizer are its own, and `config.model` says only what is fine-tuned: the head, the number of classes,
-dropout before it, and how to compute.
+`init_from` is a folder of a published checkpoint (BERT, RoBERTa, DistilBERT, GPT-2, Llama, …) or its name on the hub;
+the body and the tokenizer are its own, and `config.model` says only what is fine-tuned: the head, the number of
+classes, dropout before it, and how to compute.
 
 Variants:
   base  AdamW at 1e-5 for three epochs of 32 rows: set `train.steps` to 3 * records / 32.

@@ -170,7 +170,7 @@ def test_what_does_not_generate_or_classify_says_so():
 
 def test_predict_gives_the_label_and_probability_of_the_logits():
     lm = make("classification", pooling="mean")
-    texts = ["abc", "a longer text", "z", "what", "now", "oh no"]
+    texts = ["abc", "a longer text", "z", "what", "now", "q q q q"]
     predictions = lm.predict(texts)
     ids, mask = pad_prompts([lm.encode(text) for text in texts], 32, 0, left=False)
     for logits, prediction in zip(lm.logits(ids, mask), predictions, strict=True):

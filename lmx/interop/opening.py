@@ -108,7 +108,7 @@ def fetch(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"]))
     except LocalEntryNotFoundError:
         raise CheckpointError(
-            f"there is no folder {name!r} here, the hub's cache has no model of that name, and the hub cannot be reached."
+            f"there is no folder {name!r} here, no model of that name in the hub's cache, and no hub to be reached."
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(f"{name!r} cannot be fetched from the hub: {str(error).splitlines()[0]}") from None
