@@ -15,7 +15,7 @@ Variants:
   base  BERT-base with the paper's settings: 32 rows a step, learning rate 3e-5 of {5e-5, 3e-5, 2e-5}, dropout 0.1,
         10% of the steps warm-up. The paper trains for 2 to 4 epochs: set `train.steps` to 3 * records / 32. Training
         stops when five evaluations have brought nothing.
-  tiny  2 layers, 64 wide, over bytes and from nothing: a few hundred easy examples on a laptop.
+  tiny  the body of `experiments/mlm.py:tiny`, 2 layers, 128 wide, from nothing or from a run of it, on a laptop.
 
 As published, BERT-base has an accuracy of 93.5 on SST-2 (GLUE test, Table 1); nothing is claimed for other data.
 """
@@ -74,6 +74,7 @@ def tiny(config):
             "embed_dim": 128,
             "mlp_dim": 512,
             "max_length": 128,
+            "position": "rotary",
             "num_token_types": 0,
             "norm_epsilon": 1e-5,
             "pooling": "mean",

@@ -173,6 +173,7 @@ class LanguageModel:
             top_k=top_k,
             top_p=top_p,
             num_beams=num_beams,
+            vocab_size=self.tokenizer.vocab_size if self.tokenizer.vocab_size < self.config.model.vocab_size else None,
             stop_ids=[objective.eos, *(piece[0] for piece in pieces if len(piece) == 1)],
             pad_id=self._pad_id,
             decoder_start_id=objective.start if isinstance(objective, EncoderDecoderObjective) else self._pad_id,

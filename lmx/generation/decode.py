@@ -81,6 +81,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     num_beams: int = 1,
+    vocab_size: int | None = None,
     stop_ids: Iterable[int] = (),
     pad_id: int = 0,
     decoder_start_id: int = 0,
@@ -98,6 +99,7 @@ def generate(
       top_k: draw from the so many likeliest tokens; 0 from all.
       top_p: draw from the fewest tokens that hold this probability; 1 from all.
       num_beams: only 1 for now.
+      vocab_size: ids from here on have no token and are not chosen.
       stop_ids: tokens that end a row.
       pad_id: fills what is not a token.
       decoder_start_id: what an encoder-decoder's decoder starts from.
@@ -112,7 +114,7 @@ def generate(
         position table.
     """
     _check_model(model.config, num_beams)
-    sampling = make_sampling(temperature, top_k, top_p)
+    sampling = make_sampling(temperature, top_k, top_p, vocab_size)
     _check_lengths(model.config, prompts, max_new_tokens)
     if not prompts:
         return []

@@ -16,14 +16,18 @@ class Sampling:
       temperature: logits are divided by it; none takes the likeliest token always (greedy).
       top_p: see :func:`keep_top_p`; none keeps all.
       top_k: see :func:`keep_top_k`; 0 keeps all. A new value compiles anew; the others are traced.
+      vocab_size: ids from here on have no token (a table padded for speed) and are never chosen; none: all have one.
     """
 
     temperature: Float[Array, ""] | float | None = None
     top_k: int = struct.field(pytree_node=False, default=0)
     top_p: Float[Array, ""] | float | None = None
+    vocab_size: Int[Array, ""] | int | None = None
 
 
-def make_sampling(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sampling:
+def make_sampling(
+    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, vocab_size: int | None = None
+) -> Sampling:
     """Checks what a user asks for. Temperature 0 is greedy, top_k 0 and top_p 1 keep all tokens.
 
     Raises:
@@ -39,6 +43,7 @@ def make_sampling(temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) 
         temperature=float(temperature) if temperature > 0 else None,
         top_k=top_k,
         top_p=float(top_p) if top_p < 1 else None,
+        vocab_size=vocab_size,
     )
 
 
@@ -74,6 +79,8 @@ def choose(
     logits: Float[Array, "batch vocab"], sampling: Sampling, rngs: Key[Array, " batch"] | None
 ) -> Int[Array, " batch"]:
     """A token a row, the likeliest or a random one; ``rngs`` is a key a row and is not read when greedy."""
+    if sampling.vocab_size is not None:
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < sampling.vocab_size, logits, -jnp.inf)
     if sampling.temperature is None:
         return logits.argmax(-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(rngs, filtered_logits(logits, sampling)).astype(jnp.int32)

@@ -76,3 +76,11 @@ def test_frequencies_are_those_of_the_filtered_distribution():
 def test_numbers_out_of_range_are_named(arguments, message):
     with pytest.raises(LmxError, match=message):
         make_sampling(**arguments)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_without_a_token_are_never_chosen(temperature):
+    logits = jnp.zeros((64, 8)).at[:, 5:].set(9.0)
+    sampling = make_sampling(temperature, vocab_size=5)
+    chosen = choose(logits, sampling, jax.random.split(jax.random.key(0), 64))
+    assert int(chosen.max()) < 5 and (temperature == 0 or len(np.unique(chosen)) > 2)
