@@ -23,6 +23,7 @@ __all__ = [
     "Eval",
     "Expect",
     "Experts",
+    "Lora",
     "Mesh",
     "Model",
     "Objective",
@@ -60,6 +61,18 @@ class Experts:
     z_loss_weight: float = option(0.0, "Weight of the router z-loss (ST-MoE, equation 5).", low=0)
     jitter: float = option(0.01, "Router inputs are multiplied by U(1-jitter, 1+jitter) in training.", low=0, high=1)
     dropout: float = option(0.0, "Dropout inside the experts (the paper's expert dropout).", low=0, high=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (Hu et al. 2021): ``W + alpha / rank * A B``, and only A, B and the heads are trained."""
+
+    rank: int = option(0, "Inner width of an adapter; 0: no adapters.", low=0)
+    alpha: float = option(16.0, "The product is multiplied by alpha / rank.", low=0)
+    targets: tuple[str, ...] = option(
+        ("attention/query", "attention/value"),
+        "Projections that have one, by the end of their path: attention/query, mlp/in, out, ….",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +157,7 @@ class Model:
         choices=("relu", "gelu", "gelu_tanh", "silu", "geglu", "swiglu"),
     )
     experts: Experts = section(Experts, "Sparse layers.")
+    lora: Lora = section(Lora, "Adapters for fine-tuning.")
 
     num_token_types: int = option(0, "Rows of the token-type (segment) table; 0: none.", low=0)
     embedding_norm: bool = option(False, "Normalize the sum of embeddings (BERT).")

@@ -23,6 +23,7 @@ from lmx.generation.decode import bucket, generate, pad_prompts
 from lmx.interop.opening import config_extras, locate, open_published
 from lmx.interop.pretrained import is_pretrained, save_pretrained
 from lmx.models.heads import num_params
+from lmx.models.lora import merge_adapters
 from lmx.models.stack import unroll_params
 from lmx.models.transformer import Transformer, init_params
 from lmx.objectives import Objective, make_objective
@@ -206,12 +207,18 @@ class LanguageModel:
         found = [prediction for chunk in chunks for prediction in self._predicted(chunk)]
         return found[0] if isinstance(texts, str) else found
 
+    def merged(self) -> "LanguageModel":
+        """The same with its low-rank adapters, if it has any, merged into the parameters they add to."""
+        params, model = merge_adapters(self.params, self.config.model)
+        return LanguageModel(dataclasses.replace(self.config, model=model), params, self.tokenizer)
+
     def save(self, path: str | os.PathLike, format: str = "lmx") -> None:
         """Exports to a folder that :func:`load` opens; it is there only once it is whole.
 
         Args:
           path: a folder that does not exist yet, or is empty.
-          format: "lmx": ``config.json``, ``params/`` (Orbax) and ``tokenizer/``; "hf": what ``transformers`` opens.
+          format: "lmx": ``config.json``, ``params/`` (Orbax) and ``tokenizer/``; "hf": what ``transformers`` opens,
+            adapters merged.
 
         Raises:
           LmxError: the folder holds something, or no published family can represent the model or the tokenizer.
@@ -225,8 +232,9 @@ class LanguageModel:
         shutil.rmtree(beside, ignore_errors=True)
         if format == "hf":
             beside.mkdir(parents=True)
-            extras = config_extras(self.config, self.tokenizer)
-            save_pretrained(beside, self.config.model, self.params, extras)
+            merged = self.merged()
+            extras = config_extras(merged.config, self.tokenizer)
+            save_pretrained(beside, merged.config.model, merged.params, extras)
             self.tokenizer.publish(beside)
         else:
             write_config(beside, self.config, self.config, num_params(self.params))

@@ -137,6 +137,7 @@ def meaning(model: Model) -> dict[str, Any]:
         *(("relative_buckets", "relative_max_distance") if model.position != "relative" else ()),
         *(() if {"classification", "pooler"} & set(model.heads) else ("pooling", "pooler")),
         *(() if model.experts.num_experts else ("experts",)),
+        *(() if model.lora.rank else ("lora",)),
         *(() if model.norm_position == "pre" else ("final_norm",)),
     ]
     return {name: value for name, value in (dataclasses.asdict(model) | resolved).items() if name not in silent}

@@ -125,7 +125,7 @@ def body_of(config: Config, folder: Path) -> Config:
     """``config`` with the body of a published checkpoint. Its heads and how it is computed stay its own."""
     theirs, ours = read_config(folder), config.model
     model = model_config(theirs, open_tensors(folder), ours.heads, ours.num_classes)
-    kept = {name: getattr(ours, name) for name in ("dtype", "remat", "head_dropout", "num_classes")}
+    kept = {name: getattr(ours, name) for name in ("dtype", "remat", "head_dropout", "num_classes", "lora")}
     return dataclasses.replace(config, model=dataclasses.replace(model, **kept))
 
 

@@ -26,6 +26,7 @@ from lmx.interop.families import family_of
 from lmx.interop.family import Family, build_model
 from lmx.interop.files import Tensors, write_tensors
 from lmx.interop.layouts import Weight, whole
+from lmx.models.lora import ADAPTERS
 from lmx.models.stack import unroll_params
 from lmx.models.transformer import Transformer, init_params
 from lmx.parallel.sharding import param_shardings
@@ -134,7 +135,7 @@ def load_params(
     found = [target for target in targets if target.missing(named) is None]
     fresh = [target for target in targets if target.missing(named) is not None]
     for target in fresh:
-        if not target.name.startswith("heads/"):
+        if not target.name.startswith("heads/") and not target.name.endswith(ADAPTERS):
             raise CheckpointError(
                 f"{folder} lacks the tensor {target.missing(named)}, which {target.name} is read from."
             )
@@ -148,9 +149,14 @@ def load_params(
         leaves[target.name] = target.load(reader, kind)
         progress(target.name, leaves[target.name].nbytes)
     if fresh:
-        made = nn.meta.unbox(jax.jit(lambda key: init_params(Transformer(model), key))(jax.random.key(seed)))
-        values = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(made)}
-        leaves |= {target.name: jax.device_put(values[target.name], target.sharding) for target in fresh}
+
+        def made(key):
+            params = nn.meta.unbox(init_params(Transformer(model), key))
+            values = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+            return {target.name: values[target.name] for target in fresh}  # and nothing else is computed
+
+        places = {target.name: target.sharding for target in fresh}
+        leaves |= jax.jit(made, out_shardings=places)(jax.random.key(seed))
     params = jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], shapes)
     used = len({name for target in found for name in target.tensors})
     return params, Report(used, ignored, tuple(target.name for target in fresh))

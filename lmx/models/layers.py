@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmx.config import Model
+from lmx.models.lora import has_adapter
 
 
 def kernel_init(config: Model, num_inputs: int = 1, *, scale: float = 1.0, batched: bool = False):
@@ -72,7 +73,19 @@ class Projection(nn.Module):
         if self.config.use_bias if self.use_bias is None else self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_inputs :])
             y += self.param("bias", init, self.features).astype(dtype)
+        if has_adapter(self.config, self.path):
+            y += self._adapter(x.astype(dtype), shape[: self.num_inputs])
         return y
+
+    def _adapter(self, x, inputs):
+        """``alpha / rank * x A B`` (Hu et al. 2021, section 4.1): A is Gaussian at first and B zero."""
+        lora, axes = self.config.lora, self.axes
+        init = nn.initializers.normal(1 / math.sqrt(math.prod(inputs)))
+        init = nn.with_logical_partitioning(init, (*axes[: self.num_inputs], None))
+        down = self.param("lora_a", init, (*inputs, lora.rank)).astype(x.dtype)
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (None, *axes[self.num_inputs :]))
+        up = self.param("lora_b", init, (lora.rank, *self.features)).astype(x.dtype)
+        return lora.alpha / lora.rank * jnp.tensordot(jnp.tensordot(x, down, self.num_inputs), up, 1)
 
 
 class Norm(nn.Module):

@@ -12,6 +12,7 @@ from lmx.errors import CheckpointError
 from lmx.interop.files import open_tensors
 from lmx.interop.opening import locate
 from lmx.interop.pretrained import is_pretrained, load_params, read_config
+from lmx.models.lora import ADAPTERS
 from lmx.models.stack import to_layout
 from lmx.parallel.compile import call_in_mesh
 from lmx.parallel.sharding import like_params, param_shardings
@@ -91,12 +92,12 @@ def _take_over(source: str, params: Any, found: Any) -> tuple[Any, list[str]]:
         other = leaves.get(name)
         if other is not None and other.shape == leaf.shape:
             return other
-        if path[0].key == "heads":
+        if path[0].key == "heads" or path[-1].key in ADAPTERS:
             fresh.append(name)
             return leaf
         raise CheckpointError(
             f"train.init_from={source!r} does not fit this model: {name} has shape {leaf.shape} here and "
-            f"{'is missing' if other is None else other.shape} there. Only heads may differ; make config.model agree."
+            f"{'is missing' if other is None else other.shape} there. Only heads and adapters may differ; make config.model agree."
         )
 
     return jax.tree_util.tree_map_with_path(choose, params), fresh

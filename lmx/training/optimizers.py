@@ -18,6 +18,7 @@ from optax.contrib import MuonDimensionNumbers, ScheduleFreeState, scale_by_muon
 
 from lmx.config import Optimizer
 from lmx.errors import ConfigError
+from lmx.models.lora import ADAPTERS
 
 # Liu et al. 2025 (arXiv:2502.16982, section 2.2): an orthogonal update of this RMS is as large as AdamW's
 # usual one, so that Muon's matrices and AdamW's remaining parameters share one learning rate.
@@ -110,11 +111,13 @@ def make_optimizer(optimizer: Optimizer, steps: int, params: PyTree) -> optax.Gr
         update = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), update)
     if optimizer.ema_decay:
         update = optax.chain(update, average_parameters(optimizer.ema_decay))
-    if optimizer.freeze_body:
-        update = optax.partition(
-            {"train": update, "freeze": optax.set_to_zero()},
-            lambda tree: _by_name(lambda names, _: "train" if names[0] == "heads" else "freeze", tree),
-        )
+    adapters = _by_name(lambda names, _: names[-1] in ADAPTERS, params)
+    if optimizer.freeze_body or any(jax.tree.leaves(adapters)):
+
+        def kind(names: tuple[str, ...], _: Any) -> str:
+            return "train" if names[0] == "heads" or names[-1] in ADAPTERS else "freeze"
+
+        update = optax.partition({"train": update, "freeze": optax.set_to_zero()}, lambda tree: _by_name(kind, tree))
     return update
 
 
