@@ -97,7 +97,8 @@ def _take_over(source: str, params: Any, found: Any) -> tuple[Any, list[str]]:
             return leaf
         raise CheckpointError(
             f"train.init_from={source!r} does not fit this model: {name} has shape {leaf.shape} here and "
-            f"{'is missing' if other is None else other.shape} there. Only heads and adapters may differ; make config.model agree."
+            f"{'is missing' if other is None else other.shape} there. Only heads and adapters may "
+            "differ; make config.model agree."
         )
 
     return jax.tree_util.tree_map_with_path(choose, params), fresh
