@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TFDS = ["tensorflow-datasets>=4.9.9", "importlib_resources", "array_record>=0.8"]
-HF = ["tokenizers>=0.21", "safetensors>=0.5", "huggingface_hub>=0.30", "jinja2>=3.1", "protobuf>=5", "torch>=2.6"]
+HF = ["tokenizers>=0.21", "safetensors>=0.5", "huggingface_hub>=0.30", "jinja2>=3.1", "protobuf>=5", "gguf>=0.17"]
+TORCH = ["torch>=2.6"]
 PEERS = ["torch==2.13.0", "transformers>=5.17"]
 NOTEBOOKS = ["matplotlib>=3.9", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "beartype>=0.19", "ruff>=0.9", "import-linter>=2.1"]
@@ -35,7 +36,7 @@ setup(
     ],
     extras_require={
         "tfds": TFDS,
-        "hf": HF,
+        "hf": HF + TORCH,
         "notebooks": NOTEBOOKS,
         "test": TEST + TFDS + HF + NOTEBOOKS + PEERS,
         "bench": PEERS,

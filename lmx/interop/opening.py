@@ -12,8 +12,7 @@ from jaxtyping import PyTree
 from lmx.config import Config, Data, Model, Objective, Tokenizer
 from lmx.errors import CheckpointError
 from lmx.interop.families import family_of, head_of
-from lmx.interop.files import open_tensors
-from lmx.interop.pretrained import Report, load_params, model_config, read_config
+from lmx.interop.pretrained import Report, load_params, model_config, open_checkpoint
 from lmx.text.published import PublishedTokenizer
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -42,7 +41,7 @@ def open_published(
     """Opens a published checkpoint.
 
     Args:
-      folder: holds ``config.json``, the tensors and the tokenizer's files.
+      folder: holds ``config.json``, the tensors and the tokenizer's files; or a GGUF file, which holds them all.
       num_classes: a classifier with so many classes, whatever heads the checkpoint has; none keeps them.
       mesh: the devices to load onto; none is the first.
       dtype: cast parameters to this type; none keeps bfloat16 and float32.
@@ -52,7 +51,7 @@ def open_published(
       CheckpointError: the checkpoint is damaged, or cannot be represented.
       DataError: the tokenizer's files are missing or damaged.
     """
-    theirs, tensors = read_config(folder), open_tensors(folder)
+    theirs, tensors = open_checkpoint(folder)
     family = family_of(theirs["model_type"])
     _, head = head_of(family, theirs)
     heads, objective, labels = head.heads, head.objective, _labels(theirs)
@@ -123,8 +122,8 @@ def locate(path: str) -> Path:
 
 def body_of(config: Config, folder: Path) -> Config:
     """``config`` with the body of a published checkpoint. Its heads and how it is computed stay its own."""
-    theirs, ours = read_config(folder), config.model
-    model = model_config(theirs, open_tensors(folder), ours.heads, ours.num_classes)
+    (theirs, tensors), ours = open_checkpoint(folder), config.model
+    model = model_config(theirs, tensors, ours.heads, ours.num_classes)
     kept = {name: getattr(ours, name) for name in ("dtype", "remat", "head_dropout", "num_classes", "lora")}
     return dataclasses.replace(config, model=dataclasses.replace(model, **kept))
 

@@ -24,7 +24,8 @@ from lmx.config import Model, layer_period
 from lmx.errors import CheckpointError
 from lmx.interop.families import family_of
 from lmx.interop.family import Family, build_model
-from lmx.interop.files import Tensors, write_tensors
+from lmx.interop.files import Tensors, open_tensors, write_tensors
+from lmx.interop.gguf import Gguf
 from lmx.interop.layouts import Weight, whole
 from lmx.models.lora import ADAPTERS
 from lmx.models.stack import unroll_params
@@ -50,11 +51,25 @@ class Report:
 
 
 def is_pretrained(folder: Path) -> bool:
-    """Whether the folder is of this form."""
+    """Whether the folder is of this form, or the path is that of a GGUF file."""
+    if folder.suffix == ".gguf":
+        return folder.is_file()
     try:
         return "model_type" in json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, TypeError):
         return False
+
+
+def open_checkpoint(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """The ``config.json`` and the tensors of a folder or a GGUF file.
+
+    Raises:
+      CheckpointError: something is missing or damaged.
+    """
+    if path.suffix == ".gguf":
+        file = Gguf(path)
+        return file.config, file
+    return read_config(path), open_tensors(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

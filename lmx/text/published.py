@@ -50,11 +50,13 @@ class PublishedTokenizer(FileTokenizer):
 
     @classmethod
     def open(cls, folder: Path) -> "PublishedTokenizer":
-        """Opens whichever files the folder has.
+        """Opens whichever files the folder has, or what a GGUF file holds.
 
         Raises:
           DataError: there are none, or they are damaged.
         """
+        if folder.suffix == ".gguf":
+            return cls(*_from_gguf(folder))
         settings = {name: read_text(folder / name) for name in SETTINGS if (folder / name).is_file()}
         model = folder / "config.json"
         model_type = _parsed(model.name, read_text(model)).get("model_type", "") if model.is_file() else ""
@@ -233,6 +235,68 @@ def _sentence_pieces(path: Path, model_type: str, config: Mapping[str, Any]) -> 
     tokenizer.add_special_tokens([*control, unknown])
     if not sentinels(dict(zip(names, range(len(names)), strict=True))):
         tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(extra))])
+    return tokenizer.to_str()
+
+
+def _from_gguf(path: Path) -> tuple[str, dict[str, str]]:
+    """The tokenizer.json and tokenizer_config.json of a GGUF file's vocabulary."""
+    try:
+        import gguf
+    except ImportError:
+        raise missing_extra("gguf", "hf", f"{path.name}, a GGUF file") from None
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    prefix, tokenizers = "tokenizer.ggml.", library()
+    if f"{prefix}tokens" not in fields:
+        raise DataError(f"{path} holds no vocabulary.")
+    names, kinds = fields[f"{prefix}tokens"], fields.get(f"{prefix}token_type", [])
+    control = [name for name, kind in zip(names, kinds, strict=False) if kind == gguf.TokenType.CONTROL]
+    config: dict[str, Any] = {}
+    for role in ("bos", "eos", "unknown", "padding"):
+        if (i := fields.get(f"{prefix}{role}_token_id")) is not None:
+            config[{"unknown": "unk_token", "padding": "pad_token"}.get(role, f"{role}_token")] = names[i]
+    if "tokenizer.chat_template" in fields:
+        config["chat_template"] = fields["tokenizer.chat_template"]
+    if fields[f"{prefix}model"] == "llama":
+        pieces = list(zip(names, fields[f"{prefix}scores"], strict=True))
+        serialized = _llama(tokenizers, pieces, control, config.get("unk_token", "<unk>"), {})
+    else:
+        serialized = _gguf_byte_pairs(tokenizers, fields, names, control, config)
+    return serialized, {"tokenizer_config.json": json.dumps(config)}
+
+
+# How texts are cut before byte pairs are merged, by the name that llama.cpp has for it.
+CUTS = {
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+def _gguf_byte_pairs(tokenizers, fields, names, control, config) -> str:
+    """GPT-2's kind of byte pairs, cut as the file says."""
+    cut = fields.get("tokenizer.ggml.pre", "gpt-2")
+    cutters = tokenizers.pre_tokenizers
+    if cut in CUTS:
+        split = cutters.Split(tokenizers.Regex(CUTS[cut]), "isolated")
+        cutter = cutters.Sequence([split, cutters.ByteLevel(add_prefix_space=False, use_regex=False)])
+    elif cut == "smollm":
+        cutter = cutters.Sequence([cutters.Digits(individual_digits=True), cutters.ByteLevel(add_prefix_space=False)])
+    elif cut in ("gpt-2", "default"):
+        cutter = cutters.ByteLevel(add_prefix_space=False)
+    else:
+        known = ", ".join([*CUTS, "smollm", "gpt-2"])
+        raise DataError(f"tokenizer.ggml.pre={cut!r} of the GGUF file is not supported; known: {known}.")
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = cutter, tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(control)
+    if fields.get("tokenizer.ggml.add_bos_token", False):
+        bos = config["bos_token"]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            [bos, "$A"], [bos, "$A", f"{bos}:1", "$B:1"], [(bos, vocabulary[bos])]
+        )
     return tokenizer.to_str()
 
 

@@ -9,9 +9,8 @@ from rich.console import Console
 
 from lmx.config import Config
 from lmx.errors import CheckpointError
-from lmx.interop.files import open_tensors
 from lmx.interop.opening import locate
-from lmx.interop.pretrained import is_pretrained, load_params, read_config
+from lmx.interop.pretrained import is_pretrained, load_params, open_checkpoint
 from lmx.models.lora import ADAPTERS
 from lmx.models.stack import to_layout
 from lmx.parallel.compile import call_in_mesh
@@ -74,7 +73,7 @@ def _taken_over(config: Config, params: Any, mesh: jax.sharding.Mesh) -> tuple[A
     """The other run's parameters in the layout of ``params``, and the names of those kept fresh (heads only)."""
     folder = locate(config.train.init_from)
     if is_pretrained(folder):
-        theirs, tensors = read_config(folder), open_tensors(folder)
+        theirs, tensors = open_checkpoint(folder)
         found, report = load_params(folder, theirs, tensors, config.model, mesh, "float32", config.seed)
         return found, list(report.fresh)
     with Checkpoints(config.train.init_from, read_only=True) as checkpoints:
