@@ -2,8 +2,8 @@
 
     python benchmarks/loading.py [--layers 20] [--json FILE]
 
-Writes sharded safetensors of a Llama of that many layers (about 2 GB with 20) to a temporary folder, opens them in a new
-process onto eight CPU devices (fsdp 4 x tensor 2), and prints what it held at most beyond what it held before and the
+Writes sharded safetensors of a Llama of that many layers (about 2 GB with 20) to a temporary folder, opens them in a
+new process onto eight CPU devices (fsdp 4 x tensor 2), and prints what it held at most beyond what it held before and the
 bytes of the shards, as a multiple of the largest tensor. CPU devices keep their shards in the same memory.
 """
 
@@ -94,7 +94,9 @@ def main() -> None:
         command = [sys.executable, __file__, "--measure", folder]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     above = found["peak"] - found["before"] - found["shards"]
-    print(f"{found['shards'] / 1e9:.2f} GB of shards in {found['seconds']:.1f} s; before {found['before'] / 1e9:.2f} GB, ")
+    print(
+        f"{found['shards'] / 1e9:.2f} GB of shards in {found['seconds']:.1f} s; before {found['before'] / 1e9:.2f} GB, "
+    )
     print(f"at most {found['peak'] / 1e9:.2f} GB: {above / 1e6:.0f} MB above the shards, ", end="")
     print(f"{above / found['largest']:.2f} x the largest tensor ({found['largest'] / 1e6:.0f} MB; goal {GOAL})")
     if args.json:

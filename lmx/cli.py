@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints. Errors are one paragraph and exit status 2."""
 
 import argparse
+import importlib.metadata
 import json
 import os
 import signal
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("lmx", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=formatter)
+    parser.add_argument("--version", action="version", version=f"lmx {importlib.metadata.version('lmx')}")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
@@ -74,9 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="most new tokens (128)")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens")
     generate.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that hold P"
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (0: from all)"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that hold P (1: from all)"
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws")
 
@@ -152,7 +156,8 @@ def _predict(args: argparse.Namespace, overrides: list[str], console: Console) -
         raise LmxError(f"--text was given {len(args.text)} times and --pair {len(args.pair)}; give one for the other.")
     texts = list(zip(args.text, args.pair, strict=True)) if args.pair else args.text
     for text, prediction in zip(texts, lmx.load(args.workdir).predict(texts), strict=True):
-        console.print(json.dumps({"text": text, **prediction}, ensure_ascii=False), highlight=False, markup=False)
+        line = json.dumps({"text": text, **prediction}, ensure_ascii=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _convert(args: argparse.Namespace, overrides: list[str], console: Console) -> None:

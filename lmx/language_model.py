@@ -53,6 +53,14 @@ class LanguageModel:
     params: PyTree
     tokenizer: Tokenizer
 
+    def __repr__(self) -> str:
+        model, number = self.config.model, num_params(self.params)
+        return (
+            f"LanguageModel({model.architecture}, {model.num_layers} layers, {model.embed_dim} wide, "
+            f"{number:,} parameters, heads {', '.join(model.heads) or 'none'}, "
+            f"{type(self.tokenizer).__name__} of {self.tokenizer.vocab_size:,})"
+        )
+
     @functools.cached_property
     def model(self) -> Transformer:
         """The pure Flax module that ``params`` belong to."""

@@ -38,6 +38,14 @@ class Head:
     objective: str
 
 
+class Unlike(CheckpointError):
+    """A family cannot represent a model, for so many reasons."""
+
+    def __init__(self, message: str, count: int = 1000):
+        super().__init__(message)
+        self.count = count
+
+
 class Family(abc.ABC):
     """A family of checkpoints.
 
@@ -82,14 +90,15 @@ class Family(abc.ABC):
         """The ``config.json`` for a model of ours.
 
         Raises:
-          CheckpointError: the model has a setting that the family does not have.
+          Unlike: the model has settings that the family does not have.
         """
         values = {field.key: getattr(model, field.field) for field in self.fields} | self.extra_keys(model)
         back = build_model(self.model(values, model.heads))
-        for name, (ours, theirs) in differences(meaning(model), meaning(back)).items():
-            raise CheckpointError(
-                f"model.{name}={ours!r} cannot be written as {self.model_types[0]!r}, which has {theirs!r}."
-            )
+        ours, theirs = meaning(model), meaning(back)
+        found = {name: pair for name, pair in differences(ours, theirs).items() if name.split(".")[0] in ours}
+        if found:
+            settings = "; ".join(f"model.{name} is {mine!r} and not {other!r}" for name, (mine, other) in found.items())
+            raise Unlike(f"it is not {self.model_types[0]!r}, because {settings}", len(found))
         return values
 
     def extra_fields(self, config: Values) -> dict[str, Any]:
@@ -172,7 +181,7 @@ def activation_name(activation: str) -> str:
     """The inverse of :func:`activation_of`."""
     name = next((theirs for theirs, ours in ACTIVATIONS.items() if ours == activation), None)
     if name is None:
-        raise CheckpointError(f"model.activation={activation!r} has no name in this family.")
+        raise Unlike(f"it has model.activation={activation!r}")
     return name
 
 

@@ -117,7 +117,11 @@ def fetch(name: str) -> Path:
 def locate(path: str) -> Path:
     """The folder that is meant: the path itself, or, where there is none, the hub's of that name."""
     folder = Path(path).expanduser()
-    return fetch(path) if HUB_NAME.fullmatch(path) and not folder.exists() else folder.resolve()
+    if folder.exists():
+        return folder.resolve()
+    if not HUB_NAME.fullmatch(path):
+        raise CheckpointError(f"there is no folder {str(folder)!r}, seen from {Path.cwd()}.")
+    return fetch(path)
 
 
 def body_of(config: Config, folder: Path) -> Config:

@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 from lmx.config import Model, layer_period
 from lmx.errors import CheckpointError
 from lmx.interop.families import family_of
-from lmx.interop.family import Family, build_model
+from lmx.interop.family import Family, Unlike, build_model
 from lmx.interop.files import Tensors, open_tensors, write_tensors
 from lmx.interop.gguf import Gguf
 from lmx.interop.layouts import Weight, whole
@@ -348,7 +348,7 @@ def _written_as(model: Model, architecture: str | None) -> tuple[Family, str, di
     """The family that can represent the model, the architecture and its config."""
     from lmx.interop.families import FAMILIES
 
-    reasons = []
+    unlike: list[Unlike] = []
     for family in FAMILIES:
         names = [name for name, head in family.architectures.items() if head.heads == model.heads]
         if architecture is not None:
@@ -357,11 +357,12 @@ def _written_as(model: Model, architecture: str | None) -> tuple[Family, str, di
             continue
         try:
             return family, names[0], family.config(model)
-        except CheckpointError as error:
-            reasons.append(str(error))
+        except Unlike as error:
+            unlike.append(error)
+    nearest = min(unlike, key=lambda error: error.count, default="none has these heads")
     raise CheckpointError(
         f"no family of published checkpoints has this model ({model.architecture}, heads "
-        f"{', '.join(model.heads) or 'none'}): " + " ".join(reasons[:3])
+        f"{', '.join(model.heads) or 'none'}): {nearest}. Save with format='lmx'."
     )
 
 

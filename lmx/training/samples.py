@@ -1,5 +1,6 @@
 """What the model writes at each evaluation, for ``samples.txt``."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ from lmx.training.optimizers import eval_params
 from lmx.training.state import TrainState
 
 NEW_TOKENS = 160
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a byte model writes too, and no text file should hold
 
 
 def write_samples(workdir: Path, step: int, experiment: Experiment, state: TrainState) -> None:
@@ -36,4 +38,5 @@ def write_samples(workdir: Path, step: int, experiment: Experiment, state: Train
     with (workdir / "samples.txt").open("a", encoding="utf-8") as file:
         for number, ids in enumerate(continued, start=1):
             # Decoded with the prompt: alone, the first piece would lose the space before it.
-            file.write(f"=== step {step}, sample {number}\n{tokenizer.decode([*prompt, *ids])}\n\n")
+            text = CONTROL.sub("\ufffd", tokenizer.decode([*prompt, *ids]))
+            file.write(f"=== step {step}, sample {number}\n{text}\n\n")

@@ -70,7 +70,8 @@ def check_same_experiment(workdir: str | os.PathLike, asked: Config) -> None:
     """
     if not (Path(workdir) / "config.json").exists():
         return
-    found = differences(_read(workdir)["asked"], to_dict(asked))
+    started = from_dict(_read(workdir)["asked"])  # fields that have come since have their defaults
+    found = differences(to_dict(started), to_dict(asked))
     conflicts = {name: pair for name, pair in found.items() if not name.startswith(CHANGEABLE)}
     if conflicts:
         fields = "; ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in conflicts.items())
@@ -78,6 +79,18 @@ def check_same_experiment(workdir: str | os.PathLike, asked: Config) -> None:
             f"{workdir} holds a run with another config: {fields}. Use another --workdir, or the config that it was "
             "started with."
         )
+    done = _newest_step(workdir)
+    if done > asked.train.steps:
+        raise CheckpointError(
+            f"{workdir} is at step {done:,} already, beyond train.steps={asked.train.steps:,}; ask for {done:,} or "
+            "more."
+        )
+
+
+def _newest_step(workdir: str | os.PathLike) -> int:
+    """The newest checkpoint's step, by the names of the folders; 0 where there is none."""
+    names = (path.name for path in (Path(workdir) / "checkpoints").glob("*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _read(workdir: str | os.PathLike) -> dict:
@@ -88,6 +101,10 @@ def _read(workdir: str | os.PathLike) -> dict:
         )
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
+        if "model_type" in contents:
+            raise CheckpointError(
+                f"{workdir} is a published checkpoint and no workdir of lmx: give the --workdir of a training run."
+            )
         return {"config": contents["config"], "asked": contents["asked"]}
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); restore it, or train into another workdir.") from error
