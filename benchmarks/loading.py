@@ -3,8 +3,8 @@
     python benchmarks/loading.py [--layers 20] [--json FILE]
 
 Writes sharded safetensors of a Llama of that many layers (about 2 GB with 20) to a temporary folder, opens them in a
-new process onto eight CPU devices (fsdp 4 x tensor 2), and prints what it held at most beyond what it held before and the
-bytes of the shards, as a multiple of the largest tensor. CPU devices keep their shards in the same memory.
+new process onto eight CPU devices (fsdp 4 x tensor 2), and prints what it held at most beyond what it held before and
+the bytes of the shards, as a multiple of the largest tensor. CPU devices keep their shards in the same memory.
 """
 
 import argparse
