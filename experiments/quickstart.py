@@ -41,6 +41,11 @@ def get_config(variant="default"):
                 checkpoint_every=max(1, steps // 2),
                 sample_prompt="The statement ",
             ),
-            expect=Expect(source=""),
+            expect=Expect(
+                value=1.62 if variant == "default" else None,
+                hardware="two x86 cores",
+                minutes=2,
+                source="docs/lab_notes.md (Python 3.13's manual)",
+            ),
         )
     )
