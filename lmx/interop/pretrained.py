@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 from lmx.config import Model, layer_period
 from lmx.errors import CheckpointError
 from lmx.interop.families import family_of
-from lmx.interop.family import Family, Unlike, build_model
+from lmx.interop.family import Family, build_model
 from lmx.interop.files import Tensors, open_tensors, write_tensors
 from lmx.interop.gguf import Gguf
 from lmx.interop.layouts import Weight, whole
@@ -348,7 +348,7 @@ def _written_as(model: Model, architecture: str | None) -> tuple[Family, str, di
     """The family that can represent the model, the architecture and its config."""
     from lmx.interop.families import FAMILIES
 
-    unlike: list[Unlike] = []
+    unlike: list[CheckpointError] = []
     for family in FAMILIES:
         names = [name for name, head in family.architectures.items() if head.heads == model.heads]
         if architecture is not None:
@@ -357,9 +357,9 @@ def _written_as(model: Model, architecture: str | None) -> tuple[Family, str, di
             continue
         try:
             return family, names[0], family.config(model)
-        except Unlike as error:
+        except CheckpointError as error:  # Unlike, or a setting without a name among theirs
             unlike.append(error)
-    nearest = min(unlike, key=lambda error: error.count, default="none has these heads")
+    nearest = min(unlike, key=lambda error: getattr(error, "count", 1000), default="none has these heads")
     raise CheckpointError(
         f"no family of published checkpoints has this model ({model.architecture}, heads "
         f"{', '.join(model.heads) or 'none'}): {nearest}. Save with format='lmx'."

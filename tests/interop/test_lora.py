@@ -32,7 +32,7 @@ def with_adapters(variant, folder, scan=True):
     return plain, model, params, report
 
 
-@pytest.mark.parametrize("variant", ["bert-mlm", "gpt2", "t5", "llama3"])
+@pytest.mark.parametrize("variant", zoo.few(["bert-mlm", "gpt2", "t5", "llama3"], "bert-mlm", "t5"))
 @pytest.mark.parametrize("scan", [True, False])
 def test_adapters_start_as_nothing_and_merge_exactly(variant, scan, tmp_path):
     plain, model, params, report = with_adapters(variant, tmp_path, scan)

@@ -1,6 +1,7 @@
 """Small random models of every published family and variant, made by transformers."""
 
 import numpy as np
+import pytest
 import torch
 import transformers as hf
 
@@ -71,6 +72,11 @@ GENERATES = [
     *("gpt2", "pythia", "neox-serial", "t5", "t5-v1.1", "mt5", "switch"),
     *("llama2", "llama3", "llama-linear", "llama-yarn", "mistral", "qwen2", "qwen2-windows", "qwen3", "mixtral"),
 ]
+
+
+def few(variants, *quick):
+    """All variants; those that are not named run with the slow tests only."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in variants]
 
 
 def untied(model):
