@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -141,8 +141,3 @@ def _identity(rank: int) -> tuple[list[list[str]], list[str]]:
 def whole(shape: Sequence[int], index: Sequence[slice]) -> tuple[slice, ...]:
     """The index with numbers in place of None."""
     return tuple(slice(*piece.indices(size)[:2]) for piece, size in zip(index, shape, strict=True))
-
-
-def numbered(pattern: str, count: int) -> Iterator[str]:
-    """``pattern`` for each layer."""
-    return (pattern.format(layer=layer) for layer in range(count))

@@ -163,15 +163,7 @@ def load_params(
         kind = jnp.dtype(dtype or _kept(tensors.dtype(named[target.tensors[0]])))
         leaves[target.name] = target.load(reader, kind)
         progress(target.name, leaves[target.name].nbytes)
-    if fresh:
-
-        def made(key):
-            params = nn.meta.unbox(init_params(Transformer(model), key))
-            values = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-            return {target.name: values[target.name] for target in fresh}  # and nothing else is computed
-
-        places = {target.name: target.sharding for target in fresh}
-        leaves |= jax.jit(made, out_shardings=places)(jax.random.key(seed))
+    leaves |= _made(model, fresh, seed)
     params = jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], shapes)
     used = len({name for target in found for name in target.tensors})
     return params, Report(used, ignored, tuple(target.name for target in fresh))
@@ -202,6 +194,18 @@ def save_pretrained(
     described = {"architectures": [name], "model_type": family.model_types[0], "dtype": max(kinds)} | config | extra
     write_tensors(folder, _whole_tensors(family, weights, leaves, bare))
     (folder / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+def _made(model: Model, targets: "list[_Target]", seed: int) -> dict[str, jax.Array]:
+    """Freshly initialized parameters by name, on their devices; no others are computed."""
+
+    def make(key):
+        params = nn.meta.unbox(init_params(Transformer(model), key))
+        values = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+        return {target.name: values[target.name] for target in targets}
+
+    places = {target.name: target.sharding for target in targets}
+    return jax.jit(make, out_shardings=places)(jax.random.key(seed)) if targets else {}
 
 
 class _Target:

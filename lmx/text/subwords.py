@@ -276,6 +276,7 @@ def _byte_letters() -> list[str]:
 
 
 def library() -> Any:
+    """The package ``tokenizers``; an LmxError that names the extra where it is not installed."""
     try:
         import tokenizers
     except ImportError:
@@ -358,6 +359,7 @@ def _training_error(error: RuntimeError, config: schema.Tokenizer) -> DataError:
 
 
 def read_text(path: Path) -> str:
+    """The content of a UTF-8 file; a DataError with the offset where it is not."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
