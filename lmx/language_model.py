@@ -34,6 +34,7 @@ from lmx.objectives.prefix_lm import PrefixLM
 from lmx.objectives.seq2seq import EncoderDecoderObjective
 from lmx.text.tokenizers import Tokenizer, load_tokenizer
 from lmx.training.checkpoints import Checkpoints
+from lmx.training.exported import read_params, write_params
 from lmx.training.workdir import read_config, write_config
 
 PREDICT_BATCH = 32  # rows that predict computes at once
@@ -247,7 +248,7 @@ class LanguageModel:
         else:
             write_config(beside, self.config, self.config, num_params(self.params))
             self.tokenizer.save(beside / "tokenizer")
-            _save_params(beside / "params", self.params)
+            write_params(beside / "params", self.params)
         os.replace(beside, target)
 
     @property
@@ -351,7 +352,7 @@ def load(
     elif step is not None:
         raise CheckpointError(f"{path} is an exported model without steps; leave step={step} out.")
     else:
-        params = _load_params(folder / "params", layout)
+        params = read_params(folder / "params", layout)
     return LanguageModel(config, params, load_tokenizer(folder / "tokenizer"))
 
 
@@ -372,29 +373,6 @@ def _layout(model: Transformer) -> PyTree:
     params = nn.meta.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params)
-
-
-def _save_params(folder: Path, params: PyTree) -> None:
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, params)
-
-
-def _load_params(folder: Path, layout: PyTree) -> PyTree:
-    import orbax.checkpoint as ocp
-
-    def shapes(tree):
-        return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            if shapes(checkpointer.metadata(folder).item_metadata.tree) == shapes(layout):
-                return checkpointer.restore(folder, layout)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            reason = (str(error).splitlines() or [""])[0][:200]
-            raise CheckpointError(f"{folder} is damaged ({reason}); export the model again.") from error
-    raise CheckpointError(f"the parameters in {folder} do not fit the config.json beside it; export the model again.")
 
 
 def _ids(name: str, values: ArrayLike, limit: int, like: np.ndarray | None = None) -> np.ndarray:

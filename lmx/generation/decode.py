@@ -19,9 +19,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from lmx.config import Model
 from lmx.errors import LmxError
 from lmx.generation.sampling import Sampling, choose, make_sampling
+from lmx.model_config import Model
 from lmx.models.attention import Cache
 from lmx.models.transformer import Transformer
 

@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from lmx.config import Model
 from lmx.errors import CheckpointError
 from lmx.interop.layouts import Weight
+from lmx.model_config import Model
 from lmx.schema import build, check_section, differences
 
 Values = Mapping[str, Any]
@@ -18,7 +18,7 @@ Values = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """A key of ``config.json`` that is a field of :class:`lmx.config.Model`; ``default`` stands for an absent key."""
+    """A key of ``config.json`` that is a field of the schema's ``Model``; ``default`` stands for an absent key."""
 
     key: str
     field: str
@@ -73,7 +73,7 @@ class Family(abc.ABC):
     ignored: ClassVar[dict[str, str]] = {}
 
     def model(self, config: Values, heads: Sequence[str]) -> dict[str, Any]:
-        """The fields of :class:`lmx.config.Model` for a ``config.json``.
+        """The fields of :class:`lmx.model_config.Model` for a ``config.json``.
 
         Raises:
           CheckpointError: a value cannot be represented; it names the key.

@@ -20,13 +20,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
-from lmx.config import Model, layer_period
 from lmx.errors import CheckpointError
 from lmx.interop.families import family_of
 from lmx.interop.family import Family, build_model
 from lmx.interop.files import Tensors, open_tensors, write_tensors
 from lmx.interop.gguf import Gguf
 from lmx.interop.layouts import Weight, whole
+from lmx.model_config import Model, layer_period
 from lmx.models.lora import ADAPTERS
 from lmx.models.stack import unroll_params
 from lmx.models.transformer import Transformer, init_params

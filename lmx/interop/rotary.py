@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lmx.config import Model
 from lmx.interop.family import unsupported
+from lmx.model_config import Model
 
 # Their key for each of our fields, by kind.
 KEYS = {

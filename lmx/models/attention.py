@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from lmx.config import Model
 from lmx.kernels import attention as kernels
 from lmx.kernels.attention import Mask
+from lmx.model_config import Model
 from lmx.models.layers import Norm, Projection, residual_scale
 from lmx.models.positions import rotate
 

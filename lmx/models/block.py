@@ -4,8 +4,8 @@ import flax.linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from lmx.config import Model
 from lmx.kernels.attention import Mask
+from lmx.model_config import Model
 from lmx.models.attention import Attention, Cache
 from lmx.models.experts import SwitchFeedForward
 from lmx.models.feed_forward import FeedForward

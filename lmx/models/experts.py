@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from lmx.config import Model
+from lmx.model_config import Model
 from lmx.models.feed_forward import ACTIVATIONS, is_gated
 from lmx.models.layers import Projection, kernel_init, residual_scale
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from lmx.config import Model
+from lmx.model_config import Model
 from lmx.models.layers import Projection, residual_scale
 
 ACTIVATIONS = {

@@ -1,6 +1,6 @@
 """Floating-point operations of the model's matrix products, counted from its config."""
 
-from lmx.config import Model, is_sparse
+from lmx.model_config import Model, is_sparse
 from lmx.models.feed_forward import is_gated
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lmx.config import Model
+from lmx.model_config import Model
 from lmx.models.feed_forward import ACTIVATIONS
 from lmx.models.layers import Norm, Projection
 

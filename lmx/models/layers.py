@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lmx.config import Model
+from lmx.model_config import Model
 from lmx.models.lora import has_adapter
 
 

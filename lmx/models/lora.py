@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from lmx.config import Lora, Model
+from lmx.model_config import Lora, Model
 
 ADAPTERS = ("lora_a", "lora_b")  # names of an adapter's parameters, beside the kernel they add to
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lmx.config import Model
+from lmx.model_config import Model
 
 
 def sinusoidal(positions: Int[Array, "batch length"], embed_dim: int) -> Float[Array, "batch length embed"]:

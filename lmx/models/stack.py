@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lmx.config import Model, is_sparse, layer_period
+from lmx.model_config import Model, is_sparse, layer_period
 from lmx.models.block import Block, Context
 from lmx.models.layers import Norm
 from lmx.models.positions import RelativeBias

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from lmx.config import Model
 from lmx.errors import ConfigError
 from lmx.kernels.attention import Mask
+from lmx.model_config import Model
 from lmx.models.attention import Cache
 from lmx.models.block import Context
 from lmx.models.heads import Heads, span_scores
@@ -66,7 +66,7 @@ class Embeddings(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder, decoder, or both, with heads. See :class:`lmx.config.Model` for what each setting means."""
+    """Encoder, decoder, or both, with heads. See :class:`lmx.model_config.Model` for what each setting means."""
 
     config: Model
 

@@ -115,7 +115,7 @@ def _open_one(spec: str, fields: Sequence[str]) -> Source:
     body, cut = _split_slice(scheme, rest)
     records = _READERS[scheme](body, fields)
     if len(records) == 0:
-        raise DataError(f"the source {spec!r} is empty.")
+        raise DataError(f"the source {spec!r} is empty: it holds no text at all. Name a file or a split that does.")
     readers.check_fields(f"the first record of {spec!r}", records[0], fields)
     if isinstance(records, readers.TextFiles):
         return Records(spec, records.part(cut(records.characters, spec, "characters")) if cut else records)
@@ -144,7 +144,7 @@ class Slice:
         if max(start, stop) > total:
             raise DataError(f"the slice [{self.text}] reaches beyond the {total:,} {unit} of {spec!r}.")
         if start >= stop:
-            raise DataError(f"the slice [{self.text}] of {spec!r} is empty: it has {total:,} {unit}.")
+            raise DataError(f"the slice [{self.text}] of {spec!r} is empty: it has {total:,} {unit}. Widen the slice.")
         return range(start, stop)
 
     def _is_bound(self, bound: str) -> bool:

@@ -196,4 +196,5 @@ def test_load_warns_of_what_is_fresh(bert):
     with pytest.warns(UserWarning, match="heads/classification/output/kernel is not in"), warnings.catch_warnings():
         (bert / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film"]) + "\n")
         lm = lmx.load(bert, num_classes=2)
-    assert lm.predict("a film")["label"] in ("0", "1", "LABEL_0", "LABEL_1")
+    assert lm.labels == ("LABEL_0", "LABEL_1")
+    assert lm.predict("a film")["label"] in lm.labels
