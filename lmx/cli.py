@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   lmx train --config experiments/gpt2.py:124m --workdir runs/gpt2 --config.train.steps=1000
   lmx generate --workdir runs/quickstart --prompt "The statement" --temperature 0.8
 """
+FORMATS = "hf is what transformers opens; peft the low-rank adapters alone (lmx)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "source", metavar="SRC", help="a run, an exported folder, a published checkpoint or a hub name"
     )
     convert.add_argument("target", metavar="DST", help="the folder to write; it must not exist, or be empty")
-    convert.add_argument("--format", choices=("hf", "lmx"), default="lmx", help="hf is what transformers opens (lmx)")
+    convert.add_argument("--format", choices=("hf", "lmx", "peft"), default="lmx", help=FORMATS)
 
     tokenizer = command("tokenizer", _tokenizer, "Train a SentencePiece tokenizer.")
     tokenizer.add_argument("--data", required=True, metavar="SOURCE", help="such as text:books/*.txt")
@@ -162,11 +163,12 @@ def _predict(args: argparse.Namespace, overrides: list[str], console: Console) -
 
 def _convert(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
     import lmx
+    from lmx.training.progress import transfer
 
-    with console.status(f"reading {args.source}"):
-        model = lmx.load(args.source)
-    with console.status(f"writing {args.target}"):
-        model.save(args.target, format=args.format)
+    with transfer(console, f"reading {args.source}") as progress:
+        model = lmx.load(args.source, progress=progress)
+    with transfer(console, f"writing {args.target}") as progress:
+        model.save(args.target, format=args.format, progress=progress)
     config = model.config.model
     console.print(
         f"{config.architecture}, {config.num_layers} layers, {config.embed_dim} wide: {Path(args.target).resolve()}",

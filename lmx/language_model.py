@@ -4,9 +4,8 @@ import dataclasses
 import functools
 import os
 import re
-import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,12 @@ from jaxtyping import Array, Float, PyTree
 from numpy.typing import ArrayLike
 
 from lmx.config import Config
-from lmx.errors import CheckpointError, LmxError, nearest
+from lmx.errors import CheckpointError, LmxError
 from lmx.generation.decode import bucket, generate, pad_prompts
-from lmx.interop.opening import config_extras, locate, open_published
-from lmx.interop.pretrained import is_pretrained, save_pretrained
+from lmx.inputs import batch_of_ids, padded
+from lmx.interop.adapters import is_adapter
+from lmx.interop.opening import locate, open_published
+from lmx.interop.pretrained import is_pretrained
 from lmx.models.heads import num_params
 from lmx.models.lora import merge_adapters
 from lmx.models.stack import unroll_params
@@ -32,10 +33,11 @@ from lmx.objectives.classification import Classification
 from lmx.objectives.mlm import MaskedLanguageModel
 from lmx.objectives.prefix_lm import PrefixLM
 from lmx.objectives.seq2seq import EncoderDecoderObjective
+from lmx.saving import save_model
 from lmx.text.tokenizers import Tokenizer, load_tokenizer
 from lmx.training.checkpoints import Checkpoints
-from lmx.training.exported import read_params, write_params
-from lmx.training.workdir import read_config, write_config
+from lmx.training.exported import read_params
+from lmx.training.workdir import read_config
 
 PREDICT_BATCH = 32  # rows that predict computes at once
 
@@ -75,7 +77,8 @@ class LanguageModel:
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the classes in the order of a classifier's logits; empty for other models."""
-        if not isinstance(self.objective, Classification) or self.objective.regression:
+        objective = self.config.objective
+        if objective.name != "classification" or objective.task == "regression":
             return ()
         return self.config.data.labels or tuple(map(str, range(self.config.model.num_classes)))
 
@@ -103,7 +106,7 @@ class LanguageModel:
                 "this model has no head that scores anything; see hidden_states, or load it with num_classes."
             )
         head = "classification" if self.config.objective.name == "classification" else heads[0]
-        batch = self._batch(input_ids, attention_mask, token_type_ids, decoder_input_ids)
+        batch = batch_of_ids(self.config.model, input_ids, attention_mask, token_type_ids, decoder_input_ids)
         return _outputs(self.model, self.params, batch, f"{head}_logits")
 
     def hidden_states(
@@ -124,7 +127,7 @@ class LanguageModel:
         if isinstance(inputs, str) or (len(inputs) and isinstance(inputs[0], str)):
             rows = [self.encode(text) for text in ([inputs] if isinstance(inputs, str) else inputs)]
             inputs, attention_mask = pad_prompts(rows, max(map(len, rows)), self._pad_id, left=False)
-        batch = self._batch(inputs, attention_mask, token_type_ids, decoder_input_ids)
+        batch = batch_of_ids(self.config.model, inputs, attention_mask, token_type_ids, decoder_input_ids)
         return _hidden_states(self.model, self.params, batch)
 
     def encode(self, text: str) -> list[int]:
@@ -206,78 +209,71 @@ class LanguageModel:
         Raises:
           LmxError: the model is no classifier, or reads pairs and gets single texts or the other way round.
         """
-        if not isinstance(self.objective, Classification):
-            raise LmxError(
-                f"this model was trained with objective {self.config.objective.name!r} and is no classifier; "
-                "fine-tune it with objective 'classification' (train.init_from)."
-            )
+        self._check_classifier()
         examples = [self.objective.inputs(self._record(text)) for text in _as_list(texts)]
         chunks = [examples[i : i + PREDICT_BATCH] for i in range(0, len(examples), PREDICT_BATCH)]
         found = [prediction for chunk in chunks for prediction in self._predicted(chunk)]
         return found[0] if isinstance(texts, str) else found
+
+    def batch(
+        self, texts: Sequence[str | tuple[str, str]], labels: Sequence[Any] | None = None, length: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Texts, or pairs of texts, as a classifier reads them: padded on the right to the longest.
+
+        Args:
+          labels: the class of each, by name or index; with them ``lm.objective.terms`` gives the loss.
+          length: cut the texts so that no row has more tokens than this; none: as ``config.data.length`` has it.
+
+        Returns:
+          ``tokens``, ``segments`` (0 is padding), ``positions`` and, where the model has them, ``token_types``, int32
+          [batch, length]; with labels also ``labels`` and ``label_weights`` [batch].
+
+        Raises:
+          LmxError: the model is no classifier, a text has no room, or a label is unknown.
+        """
+        self._check_classifier()
+        config = self.config if length is None else self.config.replace(data={"length": length})
+        objective = make_objective(config, self.tokenizer)
+        records = [self._record(text) for text in texts]
+        if labels is None:
+            examples = [objective.inputs(record) for record in records]
+        else:
+            named = [r | {self.config.data.label_field: label} for r, label in zip(records, labels, strict=True)]
+            examples = [objective.view(record, np.random.default_rng(0), None) for record in named]
+        return padded(examples, max(len(example["tokens"]) for example in examples))
 
     def merged(self) -> "LanguageModel":
         """The same with its low-rank adapters, if it has any, merged into the parameters they add to."""
         params, model = merge_adapters(self.params, self.config.model)
         return LanguageModel(dataclasses.replace(self.config, model=model), params, self.tokenizer)
 
-    def save(self, path: str | os.PathLike, format: str = "lmx") -> None:
+    def save(
+        self, path: str | os.PathLike, format: str = "lmx", progress: Callable[[str, int], None] = lambda *_: None
+    ) -> None:
         """Exports to a folder that :func:`load` opens; it is there only once it is whole.
 
         Args:
           path: a folder that does not exist yet, or is empty.
           format: "lmx": ``config.json``, ``params/`` (Orbax) and ``tokenizer/``; "hf": what ``transformers`` opens,
-            adapters merged.
+            adapters merged; "peft": the low-rank adapters and the heads trained beside them alone, as ``peft`` has
+            them, for a model that was fine-tuned from a published checkpoint.
+          progress: called with the name and the bytes of each tensor that is written.
 
         Raises:
           LmxError: the folder holds something, or no published family can represent the model or the tokenizer.
         """
-        if format not in ("lmx", "hf"):
-            raise LmxError(f"format {format!r} is unknown{nearest(format, ['lmx', 'hf'])}")
-        target = Path(path).expanduser().resolve()
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise LmxError(f"{target} exists already and is not overwritten; remove it, or choose another path.")
-        beside = target.with_name(target.name + ".tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        if format == "hf":
-            beside.mkdir(parents=True)
-            merged = self.merged()
-            extras = config_extras(merged.config, self.tokenizer)
-            save_pretrained(beside, merged.config.model, merged.params, extras)
-            self.tokenizer.publish(beside)
-        else:
-            write_config(beside, self.config, self.config, num_params(self.params))
-            self.tokenizer.save(beside / "tokenizer")
-            write_params(beside / "params", self.params)
-        os.replace(beside, target)
+        save_model(self, Path(path), format, progress)
 
     @property
     def _pad_id(self) -> int:
         return self.tokenizer.pad_id or 0
 
-    def _batch(self, input_ids, attention_mask, token_type_ids, decoder_input_ids) -> dict[str, np.ndarray]:
-        """The model's batch; a token's position is the number of tokens before it, wherever the padding is."""
-        config = self.config.model
-        two = config.architecture == "encoder_decoder"
-        if two != (decoder_input_ids is not None):
+    def _check_classifier(self) -> None:
+        if not isinstance(self.objective, Classification):
             raise LmxError(
-                "an encoder-decoder needs decoder_input_ids, what its decoder has written so far (at first its start "
-                "token alone)."
-                if two
-                else f"decoder_input_ids are for encoder-decoders; this is: {config.architecture}."
+                f"this model was trained with objective {self.config.objective.name!r} and is no classifier; "
+                "fine-tune it with objective 'classification' (train.init_from)."
             )
-        if token_type_ids is not None and not config.num_token_types:
-            raise LmxError("token_type_ids were given, but the model has no token types; leave them out.")
-        stack = "encoder_" if two else ""
-        tokens = _ids("input_ids", input_ids, config.vocab_size)
-        mask = np.ones_like(tokens) if attention_mask is None else _ids("attention_mask", attention_mask, 2, tokens)
-        batch = {"tokens": tokens, "segments": mask, "positions": np.maximum(np.cumsum(mask, axis=1) - 1, 0)}
-        batch = {f"{stack}{name}": value.astype(np.int32) for name, value in batch.items()}
-        if token_type_ids is not None:
-            batch["token_types"] = _ids("token_type_ids", token_type_ids, config.num_token_types, tokens)
-        if two:
-            batch["decoder_tokens"] = _ids("decoder_input_ids", decoder_input_ids, config.vocab_size)
-        return batch
 
     def _record(self, text: str | tuple[str, str]) -> dict[str, str]:
         """A text or a pair as the record that the classifier's objective reads."""
@@ -290,11 +286,7 @@ class LanguageModel:
 
     def _predicted(self, examples: list[dict[str, np.ndarray]]) -> list[dict[str, Any]]:
         length = min(bucket(max(len(example["tokens"]) for example in examples)), self.objective.lengths["tokens"])
-        batch = {
-            name: np.stack([np.pad(example[name], (0, length - len(example[name]))) for example in examples])
-            for name in examples[0]
-        }
-        logits = np.asarray(_outputs(self.model, self.params, batch, "classification_logits"))
+        logits = np.asarray(_outputs(self.model, self.params, padded(examples, length), "classification_logits"))
         if self.objective.regression:
             return [{"score": float(score)} for score in logits[:, 0]]
         probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
@@ -313,24 +305,27 @@ def load(
     num_classes: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
+    progress: Callable[[str, int], None] = lambda *_: None,
 ) -> LanguageModel:
     """Opens a trained model.
 
     Args:
       path: a workdir of ``lmx train``, a folder that :meth:`LanguageModel.save` wrote, or a published checkpoint in the
-        form of Hugging Face's ``transformers``, as a folder or a name on the hub.
+        form of Hugging Face's ``transformers``, as a folder or a name on the hub; also a folder of adapters in the
+        form of ``peft``, which names the published checkpoint that they belong to.
       step: which checkpoint of a workdir; none is the newest.
       num_classes: of a published checkpoint: a classifier with so many classes. Its output layer is fresh unless the
         checkpoint has one of that size.
       mesh: of a published checkpoint: the devices to load onto; none is the first.
       dtype: of a published checkpoint: "float32" or "bfloat16"; none keeps what it has.
+      progress: of a published checkpoint: called with the name and the bytes of each parameter that is there.
 
     Raises:
       CheckpointError: there is no such model, it is damaged, or it cannot be represented.
     """
     folder = locate(str(path))
-    if is_pretrained(folder):
-        opened = open_published(folder, num_classes=num_classes, mesh=mesh, dtype=dtype)
+    if is_pretrained(folder) or is_adapter(folder):
+        opened = open_published(folder, num_classes=num_classes, mesh=mesh, dtype=dtype, progress=progress)
         for name in opened.report.fresh:
             warnings.warn(f"{name} is not in {path}: it is freshly initialized, and means nothing yet.", stacklevel=2)
         return LanguageModel(opened.config, opened.params, opened.tokenizer)
@@ -341,8 +336,8 @@ def load(
         state = f"has {', '.join(sorted(found)) or 'none of these'}" if folder.is_dir() else "is no folder"
         raise CheckpointError(
             f"{path} holds no model: it should be a workdir of `lmx train` (config.json, tokenizer/ and checkpoints/), "
-            "a folder that LanguageModel.save wrote (config.json, tokenizer/ and params/) or a published checkpoint "
-            f"(a config.json with model_type), but {folder} {state}."
+            "a folder that LanguageModel.save wrote (config.json, tokenizer/ and params/), a published checkpoint (a "
+            f"config.json with model_type) or adapters (adapter_config.json), but {folder} {state}."
         )
     config = read_config(folder)
     layout = _layout(Transformer(config.model))
@@ -373,18 +368,6 @@ def _layout(model: Transformer) -> PyTree:
     params = nn.meta.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params)
-
-
-def _ids(name: str, values: ArrayLike, limit: int, like: np.ndarray | None = None) -> np.ndarray:
-    """The values as int32 [batch, length], all from 0 to below ``limit``: JAX would clip others silently."""
-    array = np.asarray(values)
-    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iub":
-        raise LmxError(f"{name} must be whole numbers [batch, length], not {array.dtype} of shape {array.shape}.")
-    if like is not None and array.shape != like.shape:
-        raise LmxError(f"{name} has shape {array.shape}, but input_ids has {like.shape}.")
-    if array.min() < 0 or array.max() >= limit:
-        raise LmxError(f"{name} must be from 0 to {limit - 1}; found {array.min()} to {array.max()}.")
-    return array.astype(np.int32)
 
 
 def _as_list(texts: str | Sequence[Any]) -> list[Any]:

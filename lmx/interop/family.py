@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lmx.errors import CheckpointError
-from lmx.interop.layouts import Weight
+from lmx.interop.layouts import Weight, adapter_weights
 from lmx.model_config import Model
+from lmx.models.lora import has_adapter
 from lmx.schema import build, check_section, differences
 
 Values = Mapping[str, Any]
@@ -112,6 +113,13 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def weights(self, model: Model) -> Iterator[Weight]:
         """The table: every parameter that a model of the family may have, and more."""
+
+    def table(self, model: Model) -> Iterator[Weight]:
+        """:meth:`weights`, with the low-rank adapters that the model has."""
+        for weight in self.weights(model):
+            yield weight
+            if weight.ours.endswith("/kernel") and has_adapter(model, weight.ours.split("/")[:-1]):
+                yield from adapter_weights(weight)
 
     def copies(self, model: Model) -> dict[str, str]:
         """Tensors that are copies of others, where a file has them."""

@@ -18,6 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
+from lmx.models.lora import ADAPTERS
+
 CHUNK_BYTES = 1 << 24  # read at once
 
 
@@ -76,7 +78,7 @@ class _Layout:
     """A layout with sizes: groups of axes of a tensor, and their order in ours."""
 
     def __init__(self, weight: Weight, shape: Sequence[int]):
-        left, right = _parse(weight.layout) if weight.layout else _identity(len(shape))
+        left, right = parse(weight.layout, len(shape))
         right = right[1:] if "{experts}" in weight.theirs else right
         self.sizes = dict(zip(right, shape, strict=True))
         self.groups, self.part = left, weight.part
@@ -127,15 +129,28 @@ class _Layout:
         return read(name, tuple(ranges)).reshape(shape)[tuple(rest)]
 
 
-def _parse(layout: str) -> tuple[list[list[str]], list[str]]:
+def adapter_weights(weight: Weight) -> tuple[Weight, Weight]:
+    """The rows of a table for the adapter beside a kernel: its ``A`` [rank, inputs] and ``B`` [outputs, rank]."""
+    groups, ours = parse(weight.layout)
+    inputs = next(group for group in groups if ours[0] in group)
+    outputs = next(group for group in groups if group is not inputs)
+    stem, module = weight.ours.removesuffix("kernel"), weight.theirs.removesuffix("weight")
+    named = " ".join(axis for axis in outputs if axis in ours)
+    down, up = (f"{stem}{name}" for name in ADAPTERS)
+    return (
+        Weight(down, f"{module}lora_A.weight", f"rank ({' '.join(inputs)}) -> {' '.join(inputs)} rank"),
+        Weight(up, f"{module}lora_B.weight", f"({' '.join(outputs)}) rank -> rank {named}", weight.part),
+    )
+
+
+def parse(layout: str, rank: int = 2) -> tuple[list[list[str]], list[str]]:
+    """Groups of axes of the tensor, and our axes in order; without a layout, so many that are the same in both."""
+    if not layout:
+        axes = [f"axis_{i}" for i in range(rank)]
+        return [[axis] for axis in axes], axes
     left, right = layout.split("->")
     groups = [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", left)]
     return groups, right.split()
-
-
-def _identity(rank: int) -> tuple[list[list[str]], list[str]]:
-    axes = [f"axis_{i}" for i in range(rank)]
-    return [[axis] for axis in axes], axes
 
 
 def whole(shape: Sequence[int], index: Sequence[slice]) -> tuple[slice, ...]:

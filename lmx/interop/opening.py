@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from lmx.config import Config, Data, Model, Objective, Tokenizer
+from lmx.config import Config, Data, Model, Objective, Tokenizer, Train
 from lmx.errors import CheckpointError
+from lmx.interop.adapters import Adapters, is_adapter
 from lmx.interop.families import family_of, head_of
 from lmx.interop.pretrained import Report, load_params, model_config, open_checkpoint
 from lmx.text.published import PublishedTokenizer
@@ -38,10 +39,11 @@ def open_published(
     dtype: str | None = None,
     progress: Any = None,
 ) -> Published:
-    """Opens a published checkpoint.
+    """Opens a published checkpoint, or adapters with the published checkpoint that they belong to.
 
     Args:
-      folder: holds ``config.json``, the tensors and the tokenizer's files; or a GGUF file, which holds them all.
+      folder: holds ``config.json``, the tensors and the tokenizer's files; or a GGUF file, which holds them all; or
+        adapters in the form of ``peft``.
       num_classes: a classifier with so many classes, whatever heads the checkpoint has; none keeps them.
       mesh: the devices to load onto; none is the first.
       dtype: cast parameters to this type; none keeps bfloat16 and float32.
@@ -51,14 +53,22 @@ def open_published(
       CheckpointError: the checkpoint is damaged, or cannot be represented.
       DataError: the tokenizer's files are missing or damaged.
     """
+    adapters = Adapters.open(folder) if is_adapter(folder) else None
+    folder = locate(adapters.base) if adapters else folder
     theirs, tensors = open_checkpoint(folder)
     family = family_of(theirs["model_type"])
+    if adapters:
+        adapters = adapters.of(family)
+        num_classes = adapters.num_classes(family) if num_classes is None else num_classes
     _, head = head_of(family, theirs)
     heads, objective, labels = head.heads, head.objective, _labels(theirs)
     if num_classes is not None:
         heads, objective = ("classification",), "classification"
         labels = labels if len(labels) == num_classes else tuple(map(str, range(num_classes)))
     model = model_config(theirs, tensors, heads, len(labels))
+    if adapters:
+        labels = adapters.labels or labels
+        model, tensors = adapters.onto(family, model, tensors)
     tokenizer = PublishedTokenizer.open(folder)
     options = {"progress": progress} if progress else {}
     params, report = load_params(folder, theirs, tensors, model, mesh, dtype, **options)
@@ -70,6 +80,7 @@ def open_published(
         objective=Objective(name=objective, task="regression" if regression else "classification"),
         data=Data(length=_longest(model), labels=labels if objective == "classification" and not regression else ()),
         tokenizer=Tokenizer(kind="published", path=str(folder)),
+        train=Train(init_from=adapters.base if adapters else ""),
     )
     return Published(config, params, tokenizer, report)
 

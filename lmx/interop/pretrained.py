@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,11 @@ from jaxtyping import PyTree
 from lmx.errors import CheckpointError
 from lmx.interop.families import family_of
 from lmx.interop.family import Family, build_model
-from lmx.interop.files import Tensors, open_tensors, write_tensors
+from lmx.interop.files import Tensors, open_tensors
 from lmx.interop.gguf import Gguf
 from lmx.interop.layouts import Weight, whole
 from lmx.model_config import Model, layer_period
 from lmx.models.lora import ADAPTERS
-from lmx.models.stack import unroll_params
 from lmx.models.transformer import Transformer, init_params
 from lmx.parallel.sharding import param_shardings
 
@@ -94,7 +93,7 @@ def model_config(config: Mapping[str, Any], tensors: Tensors, heads: tuple[str, 
     """
     family = family_of(config["model_type"])
     fields = family.model(config, heads)
-    named = _canonical(family, tensors)
+    named = canonical(family, tensors.shapes)
     output, table = (named.get(name) for name in family.output)
     if output is None or table is None:
         fields["tie_embeddings"] = True
@@ -132,7 +131,7 @@ def load_params(
       CheckpointError: a tensor is missing, has another shape, holds a NaN, or has no place in the model.
     """
     family = family_of(config["model_type"])
-    named = _canonical(family, tensors)
+    named = canonical(family, tensors.shapes)
     boxed = jax.eval_shape(lambda: init_params(Transformer(model), jax.random.key(0)))
     shapes = nn.meta.unbox(boxed)
     if mesh is None:
@@ -140,7 +139,7 @@ def load_params(
         shardings = jax.tree.map(lambda _: place, shapes)
     else:
         shardings = param_shardings(boxed, mesh)
-    table = {weight.ours: weight for weight in family.weights(model)}
+    table = {weight.ours: weight for weight in family.table(model)}
     targets = [
         _Target(_name(path), leaf.shape, sharding, table, model)
         for (path, leaf), sharding in zip(
@@ -167,33 +166,6 @@ def load_params(
     params = jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], shapes)
     used = len({name for target in found for name in target.tensors})
     return params, Report(used, ignored, tuple(target.name for target in fresh))
-
-
-def save_pretrained(
-    folder: Path, model: Model, params: PyTree, extra: Mapping[str, Any], architecture: str | None = None
-) -> None:
-    """Writes ``config.json`` and safetensors that ``transformers`` opens.
-
-    Args:
-      folder: an existing folder.
-      model, params: what to write.
-      extra: more keys of ``config.json``: names of the classes, ids of special tokens.
-      architecture: class name of ``transformers``; none is the first that has the model's heads.
-
-    Raises:
-      CheckpointError: no family can represent the model.
-    """
-    family, name, config = _written_as(model, architecture)
-    bare = not family.architectures[name].heads or family.architectures[name].heads == ("pooler",)
-    leaves = _unrolled(params)
-    weights = [weight for weight in family.weights(model) if weight.ours in leaves]
-    unwritten = sorted(set(leaves) - {weight.ours for weight in weights})
-    if unwritten:
-        raise CheckpointError(f"{name} has no place for {', '.join(unwritten)}; save with format='lmx'.")
-    kinds = {str(leaf.dtype) for leaf in leaves.values()}
-    described = {"architectures": [name], "model_type": family.model_types[0], "dtype": max(kinds)} | config | extra
-    write_tensors(folder, _whole_tensors(family, weights, leaves, bare))
-    (folder / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
 
 
 def _made(model: Model, targets: "list[_Target]", seed: int) -> dict[str, jax.Array]:
@@ -281,12 +253,12 @@ def _layer_sharding(sharding: Sharding, rank: int) -> Sharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec[1:]))
 
 
-def _canonical(family: Family, tensors: Tensors) -> dict[str, str]:
+def canonical(family: Family, names: Iterable[str]) -> dict[str, str]:
     """The names in the files by the names of the table: with the body's prefix, in today's spelling."""
-    prefix = family.prefix
-    bare = bool(prefix) and not any(name.startswith(prefix) for name in tensors.shapes)
+    names, prefix = list(names), family.prefix
+    bare = bool(prefix) and not any(name.startswith(prefix) for name in names)
     named = {}
-    for name in tensors.shapes:
+    for name in names:
         modern = functools.reduce(lambda n, old: n.replace(old, OLD_NAMES[old]), OLD_NAMES, name)
         heads = ("lm_head.", "score.")  # a body without prefix may still come with an output layer
         named[prefix + modern if bare and not modern.startswith(heads) else modern] = name
@@ -346,51 +318,6 @@ def _read(tensors: Tensors, named: Mapping[str, str], name: str, index: tuple[sl
 
 def _kept(dtype: np.dtype) -> np.dtype:
     return dtype if dtype in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)) else np.dtype(np.float32)
-
-
-def _written_as(model: Model, architecture: str | None) -> tuple[Family, str, dict[str, Any]]:
-    """The family that can represent the model, the architecture and its config."""
-    from lmx.interop.families import FAMILIES
-
-    unlike: list[CheckpointError] = []
-    for family in FAMILIES:
-        names = [name for name, head in family.architectures.items() if head.heads == model.heads]
-        if architecture is not None:
-            names = [name for name in names if name == architecture]
-        if not names:
-            continue
-        try:
-            return family, names[0], family.config(model)
-        except CheckpointError as error:  # Unlike, or a setting without a name among theirs
-            unlike.append(error)
-    nearest = min(unlike, key=lambda error: getattr(error, "count", 1000), default="none has these heads")
-    raise CheckpointError(
-        f"no family of published checkpoints has this model ({model.architecture}, heads "
-        f"{', '.join(model.heads) or 'none'}): {nearest}. Save with format='lmx'."
-    )
-
-
-def _whole_tensors(
-    family: Family, weights: list[Weight], leaves: Mapping[str, Any], bare: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Their tensors one after the other; a tensor of several parameters once all of them are in it."""
-    waiting: dict[str, int] = {}
-    for weight in weights:
-        for name, _ in weight.tensors(leaves[weight.ours].shape):
-            waiting[name] = waiting.get(name, 0) + 1
-    tensors: dict[str, np.ndarray] = {}
-    for weight in weights:
-        array = np.asarray(leaves[weight.ours])
-        weight.write(array, tensors)
-        for name, _ in weight.tensors(array.shape):
-            waiting[name] -= 1
-            if not waiting[name]:
-                yield name.removeprefix(family.prefix) if bare else name, tensors.pop(name)
-
-
-def _unrolled(params: PyTree) -> dict[str, Any]:
-    unrolled = unroll_params(params)
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(unrolled)}
 
 
 def _name(path: tuple) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lmx.config import Config, to_dict
 from lmx.errors import ConfigError
+from lmx.interop.adapters import is_adapter
 from lmx.interop.opening import body_of, locate
 from lmx.interop.pretrained import is_pretrained
 from lmx.models.transformer import Transformer, init_params
@@ -153,18 +154,29 @@ def _with_body(config: Config, workdir: Path, console: Console) -> Config:
         return config.replace(
             model=to_dict(config)["model"] | dataclasses.asdict(started) | {"remat": config.model.remat}
         )
-    folder = locate(source)
+    folder = _init_folder(source)
     if not is_pretrained(folder):
         return config
     console.print(f"[bold]model[/] of {source} (the body that config.model describes is not used)")
     return body_of(config, folder)
 
 
+def _init_folder(source: str) -> Path:
+    """Where ``train.init_from`` is."""
+    folder = locate(source)
+    if is_adapter(folder):
+        raise ConfigError(
+            f"train.init_from={source!r} holds adapters alone; merge them into their base first: `lmx convert {source} "
+            "DST --format hf`."
+        )
+    return folder
+
+
 def _tokenizer(config: Config, workdir: Path, console: Console) -> Any:
     if (workdir / "config.json").is_file():
         return load_tokenizer(workdir / "tokenizer")
     if config.train.init_from:
-        source = locate(config.train.init_from)
+        source = _init_folder(config.train.init_from)
         console.print(f"[bold]tokenizer[/] of {config.train.init_from} (config.tokenizer is not used)")
         return PublishedTokenizer.open(source) if is_pretrained(source) else load_tokenizer(source / "tokenizer")
     return make_tokenizer(config.tokenizer, _texts(config))

@@ -1,10 +1,20 @@
-"""The live line of a run on a terminal; plain lines where there is none (a log file, a notebook)."""
+"""The live line of a run, or of tensors on their way, on a terminal; plain lines where there is none."""
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 
 PLAIN_SECONDS = 10.0  # between lines where there is no terminal to redraw
@@ -58,6 +68,29 @@ class Progress:
     def _print(self, line: str) -> None:
         self._printed = time.monotonic()
         self.console.print(line, highlight=False)
+
+
+@contextlib.contextmanager
+def transfer(console: Console, title: str) -> Iterator[Callable[[str, int], None]]:
+    """A line for tensors that are read or written: how many, how much, and which is the latest; it stays at the end.
+
+    Yields:
+      What to call with the name and the bytes of each tensor.
+    """
+    name = TextColumn("{task.fields[name]}")
+    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn(), name)
+    count = size = 0
+    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(title, total=None, name="")
+
+        def moved(name: str, added: int) -> None:
+            nonlocal count, size
+            count, size = count + 1, size + added
+            bar.update(task, advance=added, name=name)
+
+        yield moved
+    if count:
+        console.print(f"{title}: {count:,} tensors, {decimal(size)}", highlight=False, soft_wrap=True)
 
 
 def summary(metrics: Mapping[str, float]) -> str:

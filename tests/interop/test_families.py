@@ -13,7 +13,8 @@ from lmx.errors import CheckpointError
 from lmx.generation.decode import generate
 from lmx.interop.families import family_of, head_of
 from lmx.interop.files import open_tensors
-from lmx.interop.pretrained import load_params, model_config, read_config, save_pretrained
+from lmx.interop.pretrained import load_params, model_config, read_config
+from lmx.interop.writing import save_pretrained
 from lmx.models.stack import unroll_params
 from lmx.models.transformer import Transformer
 from tests.interop import zoo
