@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from lmx.errors import DataError, LmxError, missing_extra
-from lmx.text.subwords import FileTokenizer, library, read_text, sentinels
+from lmx.text.sentence_pieces import llama_json, published_json
+from lmx.text.subwords import FileTokenizer, library, read_text
 from lmx.text.tokenizers import Frame
 
 # What says how the tokenizer is used; kept and written back as found.
@@ -69,7 +70,7 @@ class PublishedTokenizer(FileTokenizer):
             return cls(_byte_pairs(folder, model_type), settings)
         found = next((folder / name for name in SENTENCE_PIECE if (folder / name).is_file()), None)
         if found is not None:
-            return cls(_sentence_pieces(found, model_type, config), settings)
+            return cls(published_json(found, model_type, config), settings)
         raise DataError(
             f"{folder} has no tokenizer: {TOKENIZER}, {WORD_PIECE}, {' with '.join(MERGES)} or a SentencePiece model "
             f"({', '.join(SENTENCE_PIECE)}) was looked for."
@@ -200,44 +201,6 @@ def _byte_pairs(folder: Path, model_type: str) -> str:
     return tokenizer.to_str()
 
 
-def _sentence_pieces(path: Path, model_type: str, config: Mapping[str, Any]) -> str:
-    """T5's unigram model (with its sentinels) or Llama's byte pairs."""
-    try:
-        from sentencepiece import sentencepiece_model_pb2 as formats
-
-        model = formats.ModelProto.FromString(path.read_bytes())
-    except ImportError:
-        raise missing_extra("protobuf", "hf", f"{path.name}, a SentencePiece model") from None
-    except Exception as error:  # protobuf's own kinds
-        raise DataError(f"{path} is not a SentencePiece model: {error}.") from None
-    tokenizers = library()
-    pieces = [(piece.piece, piece.score) for piece in model.pieces]
-    names = [piece for piece, _ in pieces]
-    control = [piece.piece for piece in model.pieces if piece.type == formats.ModelProto.SentencePiece.CONTROL]
-    unknown = names[model.trainer_spec.unk_id]
-    if model.trainer_spec.model_type == formats.TrainerSpec.BPE:
-        return _llama(tokenizers, pieces, control, unknown, config)
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.Unigram(pieces, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback)
-    )
-    if model.normalizer_spec.precompiled_charsmap:
-        tokenizer.normalizer = tokenizers.normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap)
-    spaces = tokenizers.pre_tokenizers
-    tokenizer.pre_tokenizer = spaces.Sequence(
-        [spaces.WhitespaceSplit(), spaces.Metaspace("\u2581", prepend_scheme="always")]
-    )
-    tokenizer.decoder = tokenizers.decoders.Metaspace("\u2581", prepend_scheme="always")
-    eos = "</s>"
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        ["$A", eos], ["$A", eos, "$B", eos], [(eos, names.index(eos))]
-    )
-    extra = config.get("extra_ids", 100 if model_type in ("t5", "switch_transformers") else 0)
-    tokenizer.add_special_tokens([*control, unknown])
-    if not sentinels(dict(zip(names, range(len(names)), strict=True))):
-        tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(extra))])
-    return tokenizer.to_str()
-
-
 def _from_gguf(path: Path) -> tuple[str, dict[str, str]]:
     """The tokenizer.json and tokenizer_config.json of a GGUF file's vocabulary."""
     try:
@@ -258,7 +221,7 @@ def _from_gguf(path: Path) -> tuple[str, dict[str, str]]:
         config["chat_template"] = fields["tokenizer.chat_template"]
     if fields[f"{prefix}model"] == "llama":
         pieces = list(zip(names, fields[f"{prefix}scores"], strict=True))
-        serialized = _llama(tokenizers, pieces, control, config.get("unk_token", "<unk>"), {})
+        serialized = llama_json(pieces, control, config.get("unk_token", "<unk>"), {})
     else:
         serialized = _gguf_byte_pairs(tokenizers, fields, names, control, config)
     return serialized, {"tokenizer_config.json": json.dumps(config)}
@@ -297,32 +260,6 @@ def _gguf_byte_pairs(tokenizers, fields, names, control, config) -> str:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             [bos, "$A"], [bos, "$A", f"{bos}:1", "$B:1"], [(bos, vocabulary[bos])]
         )
-    return tokenizer.to_str()
-
-
-def _llama(tokenizers, pieces, control, unknown, config) -> str:
-    """Llama's byte pairs: the merges are the pairs of pieces that make a piece, the best scores first."""
-    ids = {piece: i for i, (piece, _) in enumerate(pieces)}
-    merges = []
-    for piece, score in pieces:
-        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in ids and piece[i:] in ids]
-        pairs.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        merges += [(score, pair) for pair in pairs if piece not in control]
-    merges.sort(key=lambda merge: -merge[0])
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(ids, [pair for _, pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    scheme = "always" if config.get("legacy", False) else "first"
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("\u2581", prepend_scheme=scheme, split=False)
-    decoders = tokenizers.decoders
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([unknown, *control])
-    bos = "<s>"
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        [bos, "$A"], [bos, "$A", f"{bos}:1", "$B:1"], [(bos, ids[bos])]
-    )
     return tokenizer.to_str()
 
 

@@ -138,6 +138,14 @@ class SentencePieceTokenizer(Tokenizer):
     def _files(self):
         return {MODEL_FILE: self._model}, {"num_sentinels": len(self.sentinel_ids)}
 
+    def _published(self):
+        if not self._ours:
+            return super()._published()  # how it is framed and normalized is known to whoever trained it
+        from lmx.text.sentence_pieces import trained_json
+
+        serialized = trained_json(self._model, self.sentinel_ids, self.lowercase)
+        return {"tokenizer.json": serialized.encode(), "tokenizer_config.json": self._settings_file()}
+
 
 class FileTokenizer(Tokenizer):
     """A ``tokenizer.json`` of the ``tokenizers`` library, or BERT's ``vocab.txt`` (WordPiece).
