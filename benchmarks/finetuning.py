@@ -6,7 +6,8 @@
 batches, hyper-parameters and learning rate a step, from ``experiments/bert_classify.py``; what is random in them (the
 head's first values, dropout) differs, hence several seeds. A run is a process of its own, so that neither library's
 threads are in the other's way, and the runs alternate. Time is that of the training steps: for lmx with compiling, and
-without. ``lora`` is lmx with low-rank adapters in every projection of the body.
+without. ``lora`` is lmx with low-rank adapters in every projection of the body. What the JSON file holds already is not
+run again.
 """
 
 import argparse
@@ -192,10 +193,13 @@ def main() -> None:
         run = run_transformers(experiment, checkpoint) if system == "transformers" else run_lmx(experiment)
         print(json.dumps({"task": task, "system": system, "seed": int(seed), **run}))
         return
-    runs = []
+    runs = json.loads(args.json.read_text())["runs"] if args.json and args.json.is_file() else []
+    done = {(run["task"], run["system"], run["seed"]) for run in runs}
     for task in args.task or TASKS:
         for seed in range(args.seeds):
             for system in args.system or SYSTEMS:
+                if (task, system, seed) in done:
+                    continue
                 command = [sys.executable, __file__, "--data", args.data, "--checkpoint", checkpoint]
                 command += ["--run", task, system, str(seed)]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -207,8 +211,8 @@ def main() -> None:
                     flush=True,
                 )
                 if args.json:
-                    args.json.write_text(json.dumps({"rows": rows_of(runs)}, indent=2) + "\n")
-    for row in rows_of(runs)[3 * len(runs) :]:
+                    args.json.write_text(json.dumps({"rows": rows_of(runs), "runs": runs}, indent=2) + "\n")
+    for row in rows_of(runs)[3 * len(runs) :]:  # the comparisons
         print(f"{row['name']}: {row['value']:.3f} {row['unit']}")
 
 
