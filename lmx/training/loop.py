@@ -19,7 +19,7 @@ from lmx.training.checkpoints import Checkpoints
 from lmx.training.experiment import Experiment, build
 from lmx.training.initial import check_init_from, initial_state
 from lmx.training.metrics import MetricsWriter, Throughput, peak_flops
-from lmx.training.optimizers import eval_params, make_schedule
+from lmx.training.optimizers import eval_params, make_schedule, trainable
 from lmx.training.progress import Progress
 from lmx.training.report import write_report
 from lmx.training.samples import write_samples
@@ -216,6 +216,7 @@ def compiled_train_step(experiment: Experiment, optimizer: Any, state: TrainStat
         experiment.objective,
         optimizer,
         make_schedule(config.optimizer, config.train.steps),
+        trainable=trainable(config.optimizer, state.params),
         microbatches=experiment.split.microbatches,
         seed=config.seed,
         axis_name=axis_name(config.train.strategy),

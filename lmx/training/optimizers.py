@@ -111,14 +111,18 @@ def make_optimizer(optimizer: Optimizer, steps: int, params: PyTree) -> optax.Gr
         update = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), update)
     if optimizer.ema_decay:
         update = optax.chain(update, average_parameters(optimizer.ema_decay))
-    adapters = _by_name(lambda names, _: names[-1] in ADAPTERS, params)
-    if optimizer.freeze_body or any(jax.tree.leaves(adapters)):
-
-        def kind(names: tuple[str, ...], _: Any) -> str:
-            return "train" if names[0] == "heads" or names[-1] in ADAPTERS else "freeze"
-
-        update = optax.partition({"train": update, "freeze": optax.set_to_zero()}, lambda tree: _by_name(kind, tree))
+    mask = trainable(optimizer, params)
+    if not all(jax.tree.leaves(mask)):
+        update = optax.partition({True: update, False: optax.set_to_zero()}, mask)
     return update
+
+
+def trainable(optimizer: Optimizer, params: PyTree) -> PyTree:
+    """For each parameter whether it is trained: all are, or, with adapters or a frozen body, the heads and adapters."""
+    adapters = _by_name(lambda names, _: names[-1] in ADAPTERS, params)
+    if not optimizer.freeze_body and not any(jax.tree.leaves(adapters)):
+        return _by_name(lambda *_: True, params)
+    return _by_name(lambda names, _: names[0] == "heads" or names[-1] in ADAPTERS, params)
 
 
 def eval_params(state: Any) -> PyTree:

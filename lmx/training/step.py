@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from lmx.objectives import Batch, Objective
 from lmx.training.state import TrainState, step_rngs
@@ -26,6 +26,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
+    trainable: PyTree | None = None,
     microbatches: int = 1,
     seed: int = 0,
     axis_name: str | None = None,
@@ -37,6 +38,8 @@ def make_train_step(
       objective: scores a batch.
       optimizer: turns gradients into updates.
       schedule: the learning rate, for the metrics.
+      trainable: for each parameter whether it is trained, by :func:`lmx.training.optimizers.trainable`; none: all are.
+        No gradient is computed for the others.
       microbatches: parts that the batch is computed in, one after the other.
       seed: of dropout and jitter.
       axis_name: the mapped axis when each device runs the step on its own rows (pmap); none when the whole
@@ -44,7 +47,7 @@ def make_train_step(
 
     Returns:
       The step. Its metrics are pairs of sum and weight: the objective's terms (``loss`` among them), the experts'
-      losses, ``grad_norm`` and ``learning_rate``.
+      losses, ``grad_norm`` (of what is trained) and ``learning_rate``.
     """
 
     def total(x):
@@ -53,7 +56,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         weights = total(objective.weights(batch) | dict.fromkeys(EXPERT_LOSSES, real_rows(batch)))
 
-        def loss(params, microbatch, index):
+        def loss(trained, microbatch, index):
+            params = _filled(trainable, trained, state.params)
             rngs = step_rngs(seed, state.step, index)
             if axis_name:
                 rngs = {name: jax.random.fold_in(key, jax.lax.axis_index(axis_name)) for name, key in rngs.items()}
@@ -62,14 +66,17 @@ def make_train_step(
             return sum(terms[name][0] / jnp.maximum(weights[name], 1.0) for name in optimized), terms
 
         gradient = jax.grad(loss, has_aux=True)
+        trained = _only(trainable, state.params)
         if microbatches == 1:
-            grads, terms = gradient(state.params, batch, 0)
+            grads, terms = gradient(trained, batch, 0)
         else:
-            grads, terms = _accumulate(gradient, state.params, batch, microbatches)
+            grads, terms = _accumulate(gradient, trained, batch, microbatches)
         grads, terms = total((grads, terms))
+        norm = optax.tree.norm(grads)
+        grads = _filled(trainable, grads, jax.tree.map(jnp.zeros_like, state.params))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = terms | {
-            "grad_norm": (optax.tree.norm(grads), jnp.ones(())),
+            "grad_norm": (norm, jnp.ones(())),
             "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), jnp.ones(())),
         }
         params = optax.apply_updates(state.params, updates)
@@ -114,6 +121,16 @@ def real_rows(batch: Batch) -> Float[Array, ""]:
     """Rows that hold any token."""
     name = "decoder_segments" if "decoder_segments" in batch else "segments"
     return (batch[name] > 0).any(-1).sum().astype(jnp.float32)
+
+
+def _only(mask: PyTree | None, tree: PyTree) -> PyTree:
+    """The leaves that the mask has, nothing in place of the others."""
+    return tree if mask is None else jax.tree.map(lambda kept, x: x if kept else optax.MaskedNode(), mask, tree)
+
+
+def _filled(mask: PyTree | None, part: PyTree, others: PyTree) -> PyTree:
+    """The inverse of :func:`_only`, with the other leaves from ``others``."""
+    return part if mask is None else jax.tree.map(lambda kept, x, other: x if kept else other, mask, part, others)
 
 
 def _accumulate(gradient, params, batch, microbatches):

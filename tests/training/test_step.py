@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lmx.config import Config, Data, Experts, Mesh, Model, Objective, Optimizer, Train
+from lmx.config import Config, Data, Experts, Lora, Mesh, Model, Objective, Optimizer, Train
 from lmx.models.transformer import Transformer
 from lmx.objectives import make_objective
 from lmx.parallel.compile import call_in_mesh
@@ -17,8 +17,8 @@ from lmx.parallel.sharding import put_batch
 from lmx.training.experiment import Experiment
 from lmx.training.initial import initial_state, state_layout
 from lmx.training.loop import compiled_eval_step, compiled_train_step
-from lmx.training.optimizers import make_schedule
-from lmx.training.step import make_train_step
+from lmx.training.optimizers import make_schedule, trainable
+from lmx.training.step import loss_terms, make_train_step
 
 ROWS, LENGTH, STEPS = 8, 16, 3
 
@@ -108,6 +108,7 @@ ARCHITECTURES = {
     "encoder": make_config("encoder"),
     "encoder_decoder": make_config("encoder_decoder"),
     "switch": make_config(experts=Experts(num_experts=4, jitter=0.0, capacity_factor=1.0, z_loss_weight=0.1)),
+    "adapters": make_config("encoder", lora=Lora(rank=4)),
 }
 
 
@@ -124,7 +125,7 @@ def test_eight_devices_in_any_split_equal_one(sizes):
     assert_same(run(config, Mesh(*sizes), devices=8), run(config))
 
 
-@pytest.mark.parametrize("name", ["encoder", "encoder_decoder", "switch"])
+@pytest.mark.parametrize("name", ["encoder", "encoder_decoder", "switch", "adapters"])
 def test_every_architecture_on_a_mesh_of_all_axes_equals_one_device(name):
     assert_same(run(ARCHITECTURES[name], Mesh(2, 2, 2), devices=8), run(ARCHITECTURES[name]))
 
@@ -138,6 +139,35 @@ def test_micro_batches_on_a_mesh_equal_one_device():
 def test_every_strategy_gives_the_same_numbers(strategy, devices):
     config = ARCHITECTURES["decoder"]
     assert_same(run(config, devices=devices, strategy=strategy), run(config))
+
+
+def test_what_is_frozen_costs_no_gradient_and_the_rest_moves_as_before():
+    config = ARCHITECTURES["adapters"]
+    experiment = make_experiment(config, make_mesh(Mesh(), jax.devices()[:1]))
+    optimizer, schedule = experiment.optimizer(), make_schedule(config.optimizer, STEPS)
+    state, _ = initial_state(experiment, optimizer, None, Console(quiet=True))
+    batch = jax.tree.map(jnp.asarray, make_batch(config))
+    mask = trainable(config.optimizer, state.params)
+    parts = (experiment.model, experiment.objective, optimizer, schedule)
+    some, every = (
+        jax.jit(make_train_step(*parts, trainable=kept)).lower(state, batch).compile() for kept in (mask, None)
+    )
+    # Of the three products of a dense layer (forward, to its input, to its kernel) the last is not needed.
+    assert some.cost_analysis()["flops"] < 0.85 * every.cost_analysis()["flops"]
+    (found, metrics), (expected, _) = some(state, batch), every(state, batch)
+    for kept, start, a, b in zip(
+        *map(jax.tree.leaves, (mask, state.params, found.params, expected.params)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert kept or np.array_equal(a, start)
+    gradients = jax.grad(lambda p: loss_of(experiment, p, batch))(state.params)
+    squares = jax.tree.map(lambda kept, g: kept * jnp.square(g).sum(), mask, gradients)
+    np.testing.assert_allclose(metrics["grad_norm"][0], np.sqrt(sum(jax.tree.leaves(squares))), rtol=1e-5)
+
+
+def loss_of(experiment, params, batch):
+    total, _ = loss_terms(experiment.model, experiment.objective, params, batch, None)["loss"]
+    return total / experiment.objective.weights(batch)["loss"]
 
 
 def test_dropout_does_not_depend_on_the_mesh():
