@@ -145,7 +145,15 @@ def test_a_name_that_is_nowhere_says_where_was_looked(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variant", zoo.few(["bert-mlm", "gpt2", "pythia", "t5", "switch", "llama3", "mixtral"], "bert-mlm", "mixtral")
+    "variant",
+    zoo.few(
+        [
+            *("bert-mlm", "roberta-mlm", "distilbert-mlm", "gpt2", "pythia", "t5", "mt5", "switch"),
+            *("llama3", "mistral", "qwen2", "qwen3", "mixtral"),
+        ],
+        "bert-mlm",
+        "mixtral",
+    ),
 )
 def test_a_step_and_a_generation_on_a_mesh(variant, tmp_path):
     mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
