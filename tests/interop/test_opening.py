@@ -144,6 +144,19 @@ def test_a_name_that_is_nowhere_says_where_was_looked(monkeypatch):
         lmx.load("no-such/model")
 
 
+def test_a_hub_name_is_opened_from_the_cache_without_a_network(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    cached = tmp_path / "models--somebody--small"
+    published(cached / "snapshots" / "0123abcd")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    lm = lmx.load("somebody/small")
+    assert lm.config.model.heads == ("mlm",) and lm.encode("a film") == [2, 5, 6, 3]
+
+
 @pytest.mark.parametrize(
     "variant",
     zoo.few(
