@@ -2,7 +2,7 @@
 
     python benchmarks/finetuning.py --data DIR [--task sst2 --task trec] [--seeds 3] [--json FILE]
 
-``DIR/TASK`` holds train.jsonl, validation.jsonl or test.jsonl of records with ``text`` and ``label``. Both get the same
+``DIR/TASK`` holds train.jsonl and test.jsonl, records with ``text`` and ``label``. Both get the same
 batches, hyper-parameters and learning rate a step, from ``experiments/bert_classify.py``; what is random in them (the
 head's first values, dropout) differs, hence several seeds. A run is a process of its own, so that neither library's
 threads are in the other's way, and the runs alternate. Time is that of the training steps: for lmx with compiling, and
@@ -151,13 +151,19 @@ def take(experiment: Any) -> list[dict[str, np.ndarray]]:
 
 
 def rows_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every run, then means and comparisons."""
+    """What each run gave."""
     rows = []
     for run in runs:
         name = f"{run['task']}: {run['system']}, seed {run['seed']}"
         rows.append({"name": f"{name}: test accuracy", "value": run["accuracy"], "unit": ""})
         rows.append({"name": f"{name}: training", "value": run["seconds"], "unit": "s"})
         rows.append({"name": f"{name}: a step", "value": run["seconds_per_step"], "unit": "s"})
+    return rows
+
+
+def comparisons(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The means of the seeds, of one system against another."""
+    rows = []
     for task in dict.fromkeys(run["task"] for run in runs):
         for system, against in (("lmx", "transformers"), ("lora", "lmx")):
             pairs = [[run for run in runs if (run["task"], run["system"]) == (task, s)] for s in (system, against)]
@@ -211,8 +217,10 @@ def main() -> None:
                     flush=True,
                 )
                 if args.json:
-                    args.json.write_text(json.dumps({"rows": rows_of(runs), "runs": runs}, indent=2) + "\n")
-    for row in rows_of(runs)[3 * len(runs) :]:  # the comparisons
+                    args.json.write_text(
+                        json.dumps({"rows": rows_of(runs) + comparisons(runs), "runs": runs}, indent=2) + "\n"
+                    )
+    for row in comparisons(runs):
         print(f"{row['name']}: {row['value']:.3f} {row['unit']}")
 
 

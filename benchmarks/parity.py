@@ -102,8 +102,8 @@ def main() -> None:
         found.setdefault(model_type, []).append((variant, logits, gradients))
     rows = []
     print("| family | variants compared | outputs | gradients |\n|---|---|---|---|")
-    for model_type, name in NAMES.items():
-        variants, logits, gradients = zip(*found[model_type], strict=True)
+    for model_type, compared in found.items():
+        name, (variants, logits, gradients) = NAMES[model_type], zip(*compared, strict=True)
         print(f"| {name} | {', '.join(variants)} | {max(logits):.0e} | {max(gradients):.0e} |")
         rows.append({"name": f"{name}: outputs", "value": max(logits), "unit": "relative", "goal": LOGITS_GOAL})
         rows.append({"name": f"{name}: gradients", "value": max(gradients), "unit": "relative", "goal": GRADIENTS_GOAL})

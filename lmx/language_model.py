@@ -234,7 +234,10 @@ class LanguageModel:
         self._check_classifier()
         config = self.config if length is None else self.config.replace(data={"length": length})
         objective = make_objective(config, self.tokenizer)
-        records = [self._record(text) for text in texts]
+        records = [self._record(text) for text in _as_list(texts)]
+        if not records or (labels is not None and len(labels) != len(records)):
+            found = f"{len(records)} text(s)" + ("" if labels is None else f" and {len(labels)} label(s)")
+            raise LmxError(f"a batch is of one text at least, each with its label if there are any; got {found}.")
         if labels is None:
             examples = [objective.inputs(record) for record in records]
         else:
@@ -257,7 +260,7 @@ class LanguageModel:
           format: "lmx": ``config.json``, ``params/`` (Orbax) and ``tokenizer/``; "hf": what ``transformers`` opens,
             adapters merged; "peft": the low-rank adapters and the heads trained beside them alone, as ``peft`` has
             them, for a model that was fine-tuned from a published checkpoint.
-          progress: called with the name and the bytes of each tensor that is written.
+          progress: called with the name and the bytes of each tensor that is written; not for adapters alone.
 
         Raises:
           LmxError: the folder holds something, or no published family can represent the model or the tokenizer.
@@ -315,7 +318,7 @@ def load(
         form of ``peft``, which names the published checkpoint that they belong to.
       step: which checkpoint of a workdir; none is the newest.
       num_classes: of a published checkpoint: a classifier with so many classes. Its output layer is fresh unless the
-        checkpoint has one of that size.
+        checkpoint has one for as many.
       mesh: of a published checkpoint: the devices to load onto; none is the first.
       dtype: of a published checkpoint: "float32" or "bfloat16"; none keeps what it has.
       progress: of a published checkpoint: called with the name and the bytes of each parameter that is there.

@@ -6,6 +6,8 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from lmx.errors import LmxError, nearest
 from lmx.interop.adapters import save_adapters
 from lmx.interop.opening import config_extras, locate
@@ -27,8 +29,7 @@ def save_model(model: "LanguageModel", path: Path, format: str, progress: Callab
     target = path.expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise LmxError(f"{target} exists already and is not overwritten; remove it, or choose another path.")
-    beside = target.with_name(target.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     beside.mkdir(parents=True)
     try:
         writers[format](model, beside, progress)
@@ -42,6 +43,8 @@ def _save_whole(model: "LanguageModel", folder: Path, progress: Callable[[str, i
     write_config(folder, model.config, model.config, num_params(model.params))
     model.tokenizer.save(folder / "tokenizer")
     write_params(folder / "params", model.params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        progress(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.nbytes)
 
 
 def _save_published(model: "LanguageModel", folder: Path, progress: Callable[[str, int], None]) -> None:
@@ -60,5 +63,5 @@ def _save_adapters(model: "LanguageModel", folder: Path, progress: Callable[[str
             f"(train.init_from={base!r}); save it whole, with format='lmx' or 'hf'."
         )
     local = Path(base).expanduser().exists()
-    objective = model.config.objective.name
-    save_adapters(folder, model.config.model, model.params, str(place) if local else base, objective, model.labels)
+    objective, base = model.config.objective, str(place) if local else base
+    save_adapters(folder, model.config.model, model.params, base, objective.name, objective.task, model.labels)

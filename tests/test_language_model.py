@@ -181,6 +181,25 @@ def test_predict_gives_the_label_and_probability_of_the_logits():
     assert lm.predict("abc")["label"] == predictions[0]["label"]
 
 
+def test_a_batch_is_cut_padded_and_scored():
+    lm = make("classification", pooling="mean")
+    batch = lm.batch(["abc", "a longer text"], labels=["ugly", 1], length=8)
+    tokens = [[1, *(101 + np.arange(1, 4)), 2, 0, 0, 0], [1, *lm.tokenizer.encode("a long"), 2]]
+    np.testing.assert_array_equal(batch["tokens"], tokens)
+    np.testing.assert_array_equal(batch["segments"], [[1] * 5 + [0] * 3, [1] * 8])
+    assert batch["labels"].tolist() == [2, 1] and batch["label_weights"].tolist() == [1, 1]
+    score = jax.jit(functools.partial(lm.model.apply, method=lm.objective.terms))
+    total, weight = score({"params": lm.params}, batch)["loss"]
+    scores = jax.nn.log_softmax(lm.logits(batch["tokens"], batch["segments"]))
+    np.testing.assert_allclose(total, -(scores[0, 2] + scores[1, 1]), rtol=1e-5)
+    assert weight == 2 and lm.batch("abc")["tokens"].shape == (1, 5)
+    for texts, labels, message in (([], None, r"got 0 text"), (["a"], [0, 1], r"got 1 text\(s\) and 2 label")):
+        with pytest.raises(LmxError, match=message):
+            lm.batch(texts, labels)
+    with pytest.raises(LmxError, match="is no classifier"):
+        make("causal").batch(["a"])
+
+
 def test_predict_reads_pairs_with_their_token_types():
     lm = make("classification", pair=True)
     prediction = lm.predict([("ab", "c"), ("c", "ab")])[0]

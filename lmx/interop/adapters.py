@@ -2,12 +2,13 @@
 
 There a module is one tensor of the base, so queries, keys and values that are one tensor (GPT-2) have one adapter
 together. Written, ours stand beside each other in it; read, each of ours has all of its ``A`` and its own part of
-``B``. Both are exact.
+``B``. Both are exact, but for the rounding of ``B`` where modules of one folder differ in scale.
 """
 
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from lmx.interop.layouts import Weight, adapter_weights, parse
 from lmx.interop.pretrained import canonical
 from lmx.interop.writing import is_bare, unrolled, written_as
 from lmx.model_config import Lora, Model
-from lmx.models.lora import has_adapter
+from lmx.models.lora import ADAPTERS, has_adapter
 
-CONFIG, LABELS = "adapter_config.json", "labels.json"
+CONFIG, TASK = "adapter_config.json", "task.json"
 FILES = {"adapter_model.safetensors": Safetensors, "adapter_model.bin": TorchTensors}
 PREFIX = "base_model.model."
 TASKS = {
@@ -32,8 +33,15 @@ TASKS = {
     "seq2seq": "SEQ_2_SEQ_LM",
     "span_corruption": "SEQ_2_SEQ_LM",
 }
-# Settings that change what an adapter computes, and the values of them that are known here.
-SUPPORTED = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None), "layer_replication": (None,)}
+# Settings that change what an adapter or its base computes, and the values of them that are known here.
+SUPPORTED = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base
+} | dict.fromkeys(("use_dora", "use_qalora", "use_bdlora"), (False, None))
+SUPPORTED |= dict.fromkeys(
+    ("layer_replication", "alora_invocation_tokens", "arrow_config", "target_parameters"), (None,)
+)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -42,18 +50,18 @@ def is_adapter(folder: Path) -> bool:
 
 
 def save_adapters(
-    folder: Path, model: Model, params: Any, base: str, objective: str, labels: Sequence[str] = ()
+    folder: Path, model: Model, params: Any, base: str, objective: str, task: str, labels: Sequence[str] = ()
 ) -> None:
     """Writes the adapters and the heads trained beside them.
 
     Args:
       folder: an existing folder.
       base: folder or hub name of the published checkpoint that the adapters belong to.
-      objective: as :class:`lmx.config.Objective` names it.
+      objective, task: as :class:`lmx.config.Objective` names them.
       labels: names of the classes.
 
     Raises:
-      CheckpointError: there are no adapters, or no published family has this model.
+      CheckpointError: there are no adapters, one has no place there, or no published family has this model.
     """
     from safetensors.numpy import save_file
 
@@ -64,15 +72,20 @@ def save_adapters(
     family, name, _ = written_as(dataclasses.replace(model, lora=Lora()))
     leaves = unrolled(params)
     weights = [weight for weight in family.weights(model) if weight.ours in leaves]
-    modules, heads, tensors = {}, {}, {}
+    modules, heads, tensors, written = {}, {}, {}, set()
     for weight in weights:
         if weight.ours.startswith("heads/"):
             weight.write(np.asarray(leaves[weight.ours]), heads)
+            written.add(weight.ours)
         elif weight.ours.endswith("/kernel") and has_adapter(model, weight.ours.split("/")[:-1]):
             pair: dict[str, np.ndarray] = {}
             for part in adapter_weights(weight):
                 part.write(np.asarray(leaves[part.ours]), pair)
+                written.add(part.ours)
             modules.setdefault(weight.theirs.removesuffix(".weight"), []).append(list(pair.values()))
+    lost = [ours for ours in leaves if (ours.startswith("heads/") or ours.endswith(ADAPTERS)) and ours not in written]
+    if lost:
+        raise CheckpointError(f"peft has no place for {', '.join(lost)}; save the model whole, with format='hf'.")
     for module, pairs in modules.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = np.concatenate([down for down, _ in pairs], axis=0)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = np.concatenate([up for _, up in pairs], axis=1)
@@ -91,15 +104,14 @@ def save_adapters(
         "rank_pattern": {module: rank * count for module, count in several.items()},
         "alpha_pattern": {module: alpha * count for module, count in several.items()},
         "target_modules": sorted(modules),
-        "modules_to_save": sorted({theirs.rpartition(".")[0] for theirs in heads}) or None,
+        "modules_to_save": sorted({_module(theirs, family.prefix) for theirs in heads}) or None,
         "fan_in_fan_out": any(_inputs_first(weight) for weight in weights if weight.ours.endswith("query/kernel")),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    if labels:
-        (folder / LABELS).write_text(json.dumps(list(labels)) + "\n")
+    (folder / TASK).write_text(json.dumps({"task": task, "labels": list(labels)}) + "\n")
     (folder / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
 
 
@@ -112,6 +124,7 @@ class Adapters:
       base: folder or hub name of the checkpoint that they belong to.
       tensors: the adapters and the heads beside them, by their names in the base.
       scales: what the product of an adapter is multiplied by, by its module.
+      task: classification or regression.
       labels: names of the classes, if they are known.
     """
 
@@ -119,6 +132,7 @@ class Adapters:
     base: str
     tensors: dict[str, np.ndarray]
     scales: dict[str, float]
+    task: str
     labels: tuple[str, ...]
 
     @classmethod
@@ -128,12 +142,9 @@ class Adapters:
         Raises:
           CheckpointError: it is damaged, or has what cannot be represented.
         """
-        try:
-            config = json.loads((folder / CONFIG).read_text())
-            base = str(config["base_model_name_or_path"] or "")
-            labels = json.loads((folder / LABELS).read_text()) if (folder / LABELS).is_file() else ()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / CONFIG} cannot be read: {error!r}.") from None
+        config = _object(folder / CONFIG, "base_model_name_or_path", "r", "lora_alpha")
+        task = _object(folder / TASK, "task", "labels") if (folder / TASK).is_file() else {"task": "", "labels": ()}
+        base = config["base_model_name_or_path"]
         if not base:
             raise CheckpointError(f"{folder / CONFIG} names no base; set its base_model_name_or_path.")
         for key, values in SUPPORTED.items():
@@ -143,23 +154,20 @@ class Adapters:
         name = next((name for name in FILES if (folder / name).is_file()), None)
         if name is None:
             raise CheckpointError(f"{folder} has no adapters: neither {' nor '.join(FILES)} is there.")
-        file = FILES[name]([folder / name])
-        tensors, scales = {}, {}
-        for key, shape in file.shapes.items():
-            theirs = key.removeprefix(PREFIX)
-            tensors[theirs] = file.read(key, tuple(slice(0, size) for size in shape))
-            if np.isnan(tensors[theirs]).any():
-                raise CheckpointError(f"tensor {key} of {folder / name} holds NaN; the file is damaged.")
-            if theirs.endswith(".lora_A.weight"):
-                module = theirs.removesuffix(".lora_A.weight")
-                scales[module] = _alpha(config, module) / (
-                    math.sqrt(shape[0]) if config.get("use_rslora") else shape[0]
-                )
-            elif "lora_" in theirs and not theirs.endswith(".lora_B.weight"):
-                raise CheckpointError(f"tensor {key} of {folder / name} is of a kind of adapter that is not supported.")
-        return cls(folder, base, tensors, scales, tuple(labels))
+        tensors = _read_all(FILES[name]([folder / name]), folder / name)
+        modules = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
+        for module in sorted(modules):
+            lacking = [f"{module}.lora_{part}.weight" for part in "AB" if f"{module}.lora_{part}.weight" not in tensors]
+            others = [
+                key for key in tensors if key.startswith(f"{module}.lora_") and key[-8:] not in ("A.weight", "B.weight")
+            ]
+            if lacking or others:
+                what = f"has {others[0]}, of a kind that is not supported" if others else f"lacks {lacking[0]}"
+                raise CheckpointError(f"{folder / name} {what}.")
+        scales = {module: _scale(config, module, len(tensors[f"{module}.lora_A.weight"])) for module in modules}
+        return cls(folder, base, tensors, scales, task["task"], tuple(task["labels"]))
 
-    def of(self, family: Family) -> "Adapters":
+    def named_as(self, family: Family) -> "Adapters":
         """The same with the names that the family's table has."""
         names, end = canonical(family, self.tensors), ".lora_A.weight"
         tensors = {ours: self.tensors[name] for ours, name in names.items()}
@@ -208,8 +216,6 @@ class Adapters:
             shape = shapes[weight.theirs]
             outputs, inputs = shape[::-1] if _inputs_first(weight) else shape
             return {down: np.zeros((rank, inputs), np.float32), up: np.zeros((outputs, rank), np.float32)}
-        if up not in self.tensors:
-            raise CheckpointError(f"{self.folder} lacks the tensor {up}; the file is damaged.")
         a, b = self.tensors[down], self.tensors[up]
         more = rank - len(a)
         return {
@@ -234,12 +240,39 @@ class _Over(Tensors):
         return self._arrays[name][index] if name in self._arrays else self._base.read(self._named[name], index)
 
 
-def _alpha(config: Mapping[str, Any], module: str) -> float:
-    """``alpha`` of a module: by the first pattern that its name ends with, else the common one."""
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if module == pattern or module.endswith(f".{pattern}"):
-            return alpha
-    return config["lora_alpha"]
+def _object(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object with these keys."""
+    try:
+        found = json.loads(path.read_text())
+        missing = [key for key in keys if key not in dict(found)]
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}.")
+    return found
+
+
+def _read_all(file: Tensors, path: Path) -> dict[str, np.ndarray]:
+    """All tensors of the file by their names in the base."""
+    tensors = {}
+    for key, shape in file.shapes.items():
+        tensors[key.removeprefix(PREFIX)] = array = file.read(key, tuple(slice(0, size) for size in shape))
+        if np.isnan(array).any():
+            raise CheckpointError(f"tensor {key} of {path} holds NaN; the file is damaged.")
+    return tensors
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What a module's product is multiplied by; ``alpha`` is that of the first pattern for its name, if any."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), None)
+    alpha = config["lora_alpha"] if alpha is None else alpha
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _module(theirs: str, prefix: str) -> str:
+    """The module of a head's tensor that peft keeps whole: its outermost, or, inside the body, its own."""
+    return theirs.rpartition(".")[0] if prefix and theirs.startswith(prefix) else theirs.partition(".")[0]
 
 
 def _inputs_first(weight: Weight) -> bool:

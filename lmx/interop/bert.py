@@ -4,6 +4,7 @@ from lmx.interop.family import (
     Family,
     Field,
     Head,
+    Unlike,
     activation_name,
     activation_of,
     attention,
@@ -80,6 +81,8 @@ class Bert(Family):
         return {"activation": activation_of("hidden_act", config.get("hidden_act", "gelu"))}
 
     def extra_keys(self, model):
+        if not model.num_token_types:
+            raise Unlike("it has no token types")
         return {"hidden_act": activation_name(model.activation)}
 
     def weights(self, model):

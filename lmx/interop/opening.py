@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from lmx.errors import CheckpointError
 from lmx.interop.adapters import Adapters, is_adapter
 from lmx.interop.families import family_of, head_of
 from lmx.interop.pretrained import Report, load_params, model_config, open_checkpoint
+from lmx.interop.writing import unrolled
+from lmx.models.lora import ADAPTERS
 from lmx.text.published import PublishedTokenizer
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -37,7 +39,7 @@ def open_published(
     num_classes: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
-    progress: Any = None,
+    progress: Callable[[str, int], None] = lambda name, size: None,
 ) -> Published:
     """Opens a published checkpoint, or adapters with the published checkpoint that they belong to.
 
@@ -58,7 +60,7 @@ def open_published(
     theirs, tensors = open_checkpoint(folder)
     family = family_of(theirs["model_type"])
     if adapters:
-        adapters = adapters.of(family)
+        adapters = adapters.named_as(family)
         num_classes = adapters.num_classes(family) if num_classes is None else num_classes
     _, head = head_of(family, theirs)
     heads, objective, labels = head.heads, head.objective, _labels(theirs)
@@ -67,14 +69,18 @@ def open_published(
         labels = labels if len(labels) == num_classes else tuple(map(str, range(num_classes)))
     model = model_config(theirs, tensors, heads, len(labels))
     if adapters:
-        labels = adapters.labels or labels
+        if len(adapters.labels) == len(labels):
+            labels = adapters.labels
         model, tensors = adapters.onto(family, model, tensors)
     tokenizer = PublishedTokenizer.open(folder)
-    options = {"progress": progress} if progress else {}
-    params, report = load_params(folder, theirs, tensors, model, mesh, dtype, **options)
-    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    params, report = load_params(folder, theirs, tensors, model, mesh, dtype, progress=progress)
+    body = [
+        leaf for name, leaf in unrolled(params).items() if not name.startswith("heads/") and not name.endswith(ADAPTERS)
+    ]
+    kinds = {str(leaf.dtype) for leaf in body}
     model = dataclasses.replace(model, dtype="bfloat16" if kinds == {"bfloat16"} else "float32")
-    regression = objective == "classification" and theirs.get("problem_type") == "regression"
+    task = (adapters and adapters.task) or theirs.get("problem_type")
+    regression = objective == "classification" and task == "regression"
     config = Config(
         model=model,
         objective=Objective(name=objective, task="regression" if regression else "classification"),

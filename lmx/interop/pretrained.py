@@ -146,6 +146,8 @@ def load_params(
             jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
         )
     ]
+    resized = _resized(config, model, tensors, named, targets)
+    named = {name: theirs for name, theirs in named.items() if theirs not in resized}
     found = [target for target in targets if target.missing(named) is None]
     fresh = [target for target in targets if target.missing(named) is not None]
     for target in fresh:
@@ -153,7 +155,7 @@ def load_params(
             raise CheckpointError(
                 f"{folder} lacks the tensor {target.missing(named)}, which {target.name} is read from."
             )
-    ignored = _ignored(folder, family, model, tensors, named, found)
+    ignored = resized | _ignored(folder, family, model, tensors, named, found)
     for target in found:
         target.check(tensors, named)
     reader = functools.partial(_read, tensors, named)
@@ -263,6 +265,20 @@ def canonical(family: Family, names: Iterable[str]) -> dict[str, str]:
         heads = ("lm_head.", "score.")  # a body without prefix may still come with an output layer
         named[prefix + modern if bare and not modern.startswith(heads) else modern] = name
     return named
+
+
+def _resized(config, model, tensors, named, targets) -> dict[str, str]:
+    """The output layer of a classifier with another number of classes than was asked for, and why it is not read."""
+    theirs = config.get("num_labels") or len(config.get("id2label") or "01")
+    if theirs == model.num_classes:
+        return {}
+    layers = (target for target in targets if target.name.startswith("heads/classification/output/"))
+    names = {named[name]: shape for layer in layers for name, shape in layer.expected.items() if name in named}
+    return {
+        name: f"it has {theirs} classes, and this model {model.num_classes}"
+        for name, shape in names.items()
+        if tensors.shapes[name] == (theirs, *shape[1:])
+    }
 
 
 def _ignored(folder, family, model, tensors, named, found) -> dict[str, str]:

@@ -37,9 +37,9 @@ def published_json(path: Path, model_type: str, config: Mapping[str, Any]) -> st
         tokenizer.normalizer = tokenizers.normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap)
     spaces = tokenizers.pre_tokenizers
     tokenizer.pre_tokenizer = spaces.Sequence(
-        [spaces.WhitespaceSplit(), spaces.Metaspace("\u2581", prepend_scheme="always")]
+        [spaces.WhitespaceSplit(), spaces.Metaspace(SPACE, prepend_scheme="always")]
     )
-    tokenizer.decoder = tokenizers.decoders.Metaspace("\u2581", prepend_scheme="always")
+    tokenizer.decoder = tokenizers.decoders.Metaspace(SPACE, prepend_scheme="always")
     eos = "</s>"
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         ["$A", eos], ["$A", eos, "$B", eos], [(eos, names.index(eos))]
@@ -56,6 +56,14 @@ def trained_json(model: bytes, sentinel_ids: Sequence[int], lowercase: bool) -> 
 
     It gives the same ids, but for what the library does otherwise: names of special tokens in a text are read as such,
     a text's own U+2581 as a space, and between cuts that are equally likely (of a row of dashes) rounding decides.
+
+    Args:
+      model: the serialized model.
+      sentinel_ids: of ``<extra_id_0>``, ``<extra_id_1>``, …, among its pieces or above them.
+      lowercase: texts are lower-cased first.
+
+    Raises:
+      LmxError: a package that writes it is not installed.
     """
     proto, tokenizers = _parsed(model, "the tokenizer"), library()
     pieces = [(piece.piece, piece.score if piece.type == piece.NORMAL else NEVER) for piece in proto.pieces]
@@ -65,7 +73,8 @@ def trained_json(model: bytes, sentinel_ids: Sequence[int], lowercase: bool) -> 
         ids = {name: i for i, (name, _) in enumerate(pieces)}
         merges = _merges([(name, score) for name, score in pieces if name in normal], ids)
         unknown = pieces[spec.unk_id][0]
-        kind = tokenizers.models.BPE(ids, merges, unk_token=unknown, byte_fallback=spec.byte_fallback)
+        fallback = spec.byte_fallback
+        kind = tokenizers.models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
     else:
         kind = tokenizers.models.Unigram(pieces, spec.unk_id, spec.byte_fallback)
     tokenizer = tokenizers.Tokenizer(kind)
@@ -95,10 +104,10 @@ def llama_json(pieces: Pieces, control: Sequence[str], unknown: str, config: Map
         tokenizers.models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     scheme = "always" if config.get("legacy", False) else "first"
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("\u2581", prepend_scheme=scheme, split=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
     decoders = tokenizers.decoders
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([unknown, *control])
     bos = "<s>"

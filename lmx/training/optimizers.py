@@ -113,7 +113,8 @@ def make_optimizer(optimizer: Optimizer, steps: int, params: PyTree) -> optax.Gr
         update = optax.chain(update, average_parameters(optimizer.ema_decay))
     mask = trainable(optimizer, params)
     if not all(jax.tree.leaves(mask)):
-        update = optax.partition({True: update, False: optax.set_to_zero()}, mask)
+        labels = jax.tree.map(lambda trained: "train" if trained else "freeze", mask)
+        update = optax.partition({"train": update, "freeze": optax.set_to_zero()}, labels)
     return update
 
 

@@ -77,8 +77,8 @@ def transfer(console: Console, title: str) -> Iterator[Callable[[str, int], None
     Yields:
       What to call with the name and the bytes of each tensor.
     """
-    name = TextColumn("{task.fields[name]}")
-    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn(), name)
+    what, name = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[name]}"))
+    columns = (what, DownloadColumn(), TransferSpeedColumn(), name)
     count = size = 0
     with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(title, total=None, name="")
@@ -90,7 +90,7 @@ def transfer(console: Console, title: str) -> Iterator[Callable[[str, int], None
 
         yield moved
     if count:
-        console.print(f"{title}: {count:,} tensors, {decimal(size)}", highlight=False, soft_wrap=True)
+        console.print(f"{title}: {count:,} tensors, {decimal(size)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def summary(metrics: Mapping[str, float]) -> str:

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import re
+import shutil
+import warnings
 
 import jax
 import numpy as np
 import peft
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import lmx
 from lmx.cli import main
@@ -22,15 +25,18 @@ from tests.interop import zoo
 from tests.interop.test_opening import published
 from tests.interop.test_tokenizers import bert as bert_tokenizer
 from tests.interop.test_tokenizers import gpt2 as gpt2_tokenizer
+from tests.interop.test_tokenizers import roberta as roberta_tokenizer
 
 EVERYWHERE = ("attention/query", "attention/value", "attention/out", "mlp/in")
 VARIANTS = ["bert-classifier", "gpt2", "pythia", "t5", "llama3", "bert", "gpt2-classifier"]
+VARIANTS += ["roberta-classifier", "distilbert-classifier", "bert-questions"]
 
 
 def base_of(variant, folder):
     theirs = zoo.make(variant)
     theirs.save_pretrained(folder)
-    (bert_tokenizer if variant.startswith("bert") else gpt2_tokenizer)(folder)
+    tokenizers = {"bert": bert_tokenizer, "distilbert": bert_tokenizer, "roberta": roberta_tokenizer}
+    tokenizers.get(variant.split("-")[0], gpt2_tokenizer)(folder)
     return theirs
 
 
@@ -64,7 +70,10 @@ def seen(scores, inputs):
 
 def their_score(model):
     with zoo.torch.no_grad():
-        return model(**zoo.torch_inputs(model))[0].numpy()
+        outputs = model(**zoo.torch_inputs(model))
+    if "start_logits" in outputs:
+        return zoo.torch.stack([outputs.start_logits, outputs.end_logits], -1).numpy()
+    return outputs[0].numpy()
 
 
 @pytest.mark.parametrize("variant", zoo.few(VARIANTS, "bert-classifier", "gpt2"))
@@ -98,8 +107,8 @@ def test_what_peft_writes_is_read(variant, targets, rslora, tmp_path):
         r=4,
         lora_alpha=5,
         target_modules=targets,
-        rank_pattern={"layer.1.attention.self.query": 2},
-        alpha_pattern={"layer.1.attention.self.query": 7},
+        rank_pattern={r"layer\.1\..*query": 2},
+        alpha_pattern={r"layer\.1\..*query": 7},
         use_rslora=rslora,
         init_lora_weights=False,
         fan_in_fan_out=variant == "gpt2",
@@ -147,6 +156,12 @@ def test_a_fine_tuned_run_exported_as_adapters_predicts_alike(tmp_path, capsys):
     size = sum(file.stat().st_size for file in (tmp_path / "adapters").iterdir())
     assert size < (folder / "model.safetensors").stat().st_size / 2
     capsys.readouterr()
+    assert main([*command, "--config.train.steps=25"]) == 0
+    assert "resumed at step 20" in " ".join(capsys.readouterr().out.split())
+    assert main(["convert", str(run), str(tmp_path / "adapters"), "--format", "peft"]) == 2  # nothing is overwritten
+    shutil.rmtree(tmp_path / "adapters")
+    assert main(["convert", str(run), str(tmp_path / "adapters"), "--format", "peft"]) == 0
+    capsys.readouterr()
     expected = lmx.load(run).predict([text for text, _ in texts[:4]])
     onward = [f"--config.train.init_from={tmp_path / 'adapters'}", f"--workdir={tmp_path / 'onward'}"]
     assert main([*command, *onward]) == 2
@@ -175,6 +190,7 @@ def test_what_cannot_be_adapters_alone_is_refused_before_anything_is_written(tmp
     "change, message",
     [
         ({"use_dora": True}, "use_dora=True of .* is not supported; known: False, None"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' of .* is not supported"),
         ({"peft_type": "IA3"}, "peft_type='IA3' of .* is not supported; known: 'LORA'"),
         ({"base_model_name_or_path": "nowhere/at all"}, "there is no folder 'nowhere/at all'"),
     ],
@@ -185,6 +201,61 @@ def test_damaged_and_foreign_adapters_are_told(change, message, tmp_path):
     file = tmp_path / "adapters" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
+        lmx.load(tmp_path / "adapters")
+
+
+def test_a_regression_stays_one(tmp_path):
+    base_of("bert", tmp_path / "base")
+    with warnings.catch_warnings(action="ignore"):  # of the fresh layer
+        lm = lmx.load(tmp_path / "base", num_classes=1)
+    config = lm.config.replace(model={"lora": {"rank": 2}}, objective={"task": "regression"})
+    theirs, tensors = open_checkpoint(tmp_path / "base")
+    params, _ = load_params(tmp_path / "base", theirs, tensors, config.model)
+    config = config.replace(train={"init_from": str(tmp_path / "base")})
+    lm = LanguageModel(config, params, lm.tokenizer)
+    lm.save(tmp_path / "adapters", format="peft")
+    found = lmx.load(tmp_path / "adapters").predict("The assert statement")
+    assert found.keys() == {"score"}
+    np.testing.assert_allclose(found["score"], lm.predict("The assert statement")["score"], rtol=1e-5)
+
+
+def test_float32_adapters_leave_a_bfloat16_base_as_it_is(tmp_path):
+    base_of("llama2", tmp_path / "base")
+    with_adapters(tmp_path / "base", Lora(rank=2)).save(tmp_path / "adapters", format="peft")
+    zoo.make("llama2").to(zoo.torch.bfloat16).save_pretrained(tmp_path / "base")
+    lm = lmx.load(tmp_path / "adapters")
+    kinds = {
+        name.endswith(ADAPTERS): str(leaf.dtype) for name, leaf in unrolled(lm.params).items() if "heads" not in name
+    }
+    assert lm.config.model.dtype == "bfloat16" and kinds == {False: "bfloat16", True: "float32"}
+
+
+def test_an_adapter_that_peft_has_no_place_for_is_refused(tmp_path):
+    base_of("bert-classifier", tmp_path / "base")
+    lm = with_adapters(tmp_path / "base", Lora(rank=2, targets=("attention/query", "output")))
+    with pytest.raises(CheckpointError, match="peft has no place for heads/classification/output/lora_a"):
+        lm.save(tmp_path / "out", format="peft")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop(next(name for name in t if name.endswith("lora_A.weight"))), "lacks .*query.lora_A.weight"),
+        (lambda t: next(iter(t.values())).fill(np.nan), "holds NaN; the file is damaged"),
+        (lambda t: t.update({"base_model.model.bert.x.lora_magnitude": np.ones(1, np.float32)}), "kind that is not"),
+    ],
+)
+def test_damaged_files_are_told(change, message, tmp_path):
+    base_of("bert-classifier", tmp_path / "base")
+    with_adapters(tmp_path / "base", Lora(rank=2)).save(tmp_path / "adapters", format="peft")
+    file = tmp_path / "adapters" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=message):
+        lmx.load(tmp_path / "adapters")
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match="is damaged or cut short"):
         lmx.load(tmp_path / "adapters")
 
 

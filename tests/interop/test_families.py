@@ -141,7 +141,41 @@ def test_gradients_are_equal(variant, tmp_path):
         np.testing.assert_allclose(written[name], expected[name], atol=1e-4 * scale + 1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("variant", zoo.few(zoo.GENERATES, "gpt2", "pythia", "t5", "switch", "qwen3"))
+@pytest.mark.parametrize(
+    "variant",
+    zoo.few(
+        ["bert-mlm", "roberta-mlm", "gpt2", "pythia", "t5", "llama3", "mistral", "qwen3"], "bert-mlm", "t5", "mistral"
+    ),
+)
+def test_documents_packed_in_a_row_are_as_theirs_alone(variant, tmp_path):
+    it = opened(variant, tmp_path)
+    two = it.model.architecture == "encoder_decoder"
+    rng = np.random.default_rng(7)
+    parts = [{"input_ids": rng.integers(3, zoo.VOCAB, (1, length))} for length in (9, 6)]
+    if two:
+        parts = [
+            p | {"decoder_input_ids": rng.integers(3, zoo.VOCAB, (1, n))} for p, n in zip(parts, (4, 5), strict=True)
+        ]
+    batch = {}
+    for theirs, prefix in {"input_ids": "encoder_" if two else "", "decoder_input_ids": "decoder_"}.items():
+        rows = [part[theirs] for part in parts if theirs in part]
+        if rows:
+            batch[f"{prefix}tokens"] = np.concatenate([*rows, np.zeros((1, 2), int)], axis=1)
+            lengths = [row.shape[1] for row in rows]
+            batch[f"{prefix}segments"] = np.repeat([1, 2, 0], [*lengths, 2])[None]
+            batch[f"{prefix}positions"] = np.concatenate([*map(np.arange, lengths), np.arange(2)])[None]
+    batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+    found = np.asarray(Transformer(it.model).apply({"params": it.params}, batch)[f"{it.model.heads[0]}_logits"])
+    start = 0
+    for part in parts:
+        with torch.no_grad():
+            expected = it.theirs(**{name: torch.tensor(ids) for name, ids in part.items()}).logits.numpy()
+        stop = start + expected.shape[1]
+        np.testing.assert_allclose(found[:, start:stop], expected, atol=1e-5 * np.abs(expected).max())
+        start = stop
+
+
+@pytest.mark.parametrize("variant", zoo.few(zoo.GENERATES, "gpt2", "pythia", "t5", "switch-roomy", "qwen3"))
 def test_greedy_generation_is_identical_with_prompts_of_unequal_length(variant, tmp_path):
     it = opened(variant, tmp_path)
     two = it.model.architecture == "encoder_decoder"
@@ -164,12 +198,13 @@ def test_greedy_generation_is_identical_with_prompts_of_unequal_length(variant, 
     assert ours == theirs[:, 1 if two else longest :].tolist()
 
 
-@pytest.mark.parametrize("variant", ["bert-mlm", "gpt2", "switch", "llama3"])
+@pytest.mark.parametrize("variant", zoo.few(list(zoo.VARIANTS), "bert-mlm", "gpt2", "switch", "llama3"))
 def test_bfloat16_stays_and_comes_back_to_the_bit(variant, tmp_path):
     it = opened(variant, tmp_path / "there", torch.bfloat16)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(it.params)} == {"bfloat16"}
     (tmp_path / "back").mkdir()
-    save_pretrained(tmp_path / "back", it.model, it.params, {})
+    extra = {"id2label": it.theirs.config.id2label, "pad_token_id": it.theirs.config.pad_token_id}
+    save_pretrained(tmp_path / "back", it.model, it.params, extra, type(it.theirs).__name__)
     again = type(it.theirs).from_pretrained(tmp_path / "back", dtype=torch.bfloat16)
     tensors = it.theirs.state_dict()
     assert all(torch.equal(tensors[name], value) for name, value in again.state_dict().items())

@@ -192,6 +192,18 @@ def test_only_the_wanted_part_of_a_tensor_is_read():
     assert asked == [(slice(25, 35), slice(2, 4))]
 
 
+def test_another_number_of_classes_is_a_fresh_output_layer(tmp_path):
+    zoo.make("bert-classifier").save_pretrained(tmp_path)  # of three classes
+    config, tensors = read_config(tmp_path), open_tensors(tmp_path)
+    for classes in (3, 5):
+        _, report = load_params(tmp_path, config, tensors, model_config(config, tensors, ("classification",), classes))
+        named = {f"heads/classification/output/{leaf}" for leaf in ("kernel", "bias")} if classes == 5 else set()
+        assert set(report.fresh) == named
+        assert report.ignored.get("classifier.weight") == (
+            "it has 3 classes, and this model 5" if classes == 5 else None
+        )
+
+
 def test_load_warns_of_what_is_fresh(bert):
     with pytest.warns(UserWarning, match="heads/classification/output/kernel is not in"), warnings.catch_warnings():
         (bert / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film"]) + "\n")

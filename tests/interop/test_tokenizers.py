@@ -174,8 +174,9 @@ def equally_likely(ours, ids, others):
         trained(model_type="bpe"),
         trained(lowercase=True),
         trained(byte_fallback=False),
+        trained(model_type="bpe", byte_fallback=False),
     ],
-    ids=["bytes", "characters", "few characters", "unigram", "bpe", "lowercase", "no bytes"],
+    ids=["bytes", "characters", "few characters", "unigram", "bpe", "lowercase", "no bytes", "bpe, no bytes"],
 )
 def test_our_own_tokenizers_are_written_so_that_transformers_reads_them_alike(ours, tmp_path):
     ours.publish(tmp_path)
