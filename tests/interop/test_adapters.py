@@ -98,8 +98,15 @@ def test_peft_reads_what_was_written(variant, tmp_path):
     )
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("variant, targets", [("bert-classifier", ["query", "output.dense"]), ("gpt2", ["c_attn"])])
+@pytest.mark.parametrize(
+    "variant, targets, rslora",
+    [
+        ("bert-classifier", ["query", "output.dense"], False),
+        ("gpt2", ["c_attn"], True),
+        pytest.param("bert-classifier", ["query", "output.dense"], True, marks=pytest.mark.slow),
+        pytest.param("gpt2", ["c_attn"], False, marks=pytest.mark.slow),
+    ],
+)
 def test_what_peft_writes_is_read(variant, targets, rslora, tmp_path):
     theirs = base_of(variant, tmp_path / "base")
     inputs = zoo.inputs(theirs)

@@ -33,7 +33,7 @@ def with_adapters(variant, folder, scan=True):
 
 
 @pytest.mark.parametrize("variant", zoo.few(["bert-mlm", "gpt2", "t5", "llama3"], "bert-mlm", "t5"))
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_adapters_start_as_nothing_and_merge_exactly(variant, scan, tmp_path):
     plain, model, params, report = with_adapters(variant, tmp_path, scan)
     batch, head = batch_of(model, zoo.inputs(plain.theirs)), f"{model.heads[0]}_logits"

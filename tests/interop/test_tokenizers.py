@@ -164,24 +164,24 @@ def equally_likely(ours, ids, others):
     return abs(one - other) < 1e-5 * abs(other)
 
 
-@pytest.mark.parametrize(
-    "ours",
-    [
-        ByteTokenizer(num_sentinels=3),
-        CharacterTokenizer(MANUAL),
-        CharacterTokenizer("abc"),
-        trained(num_sentinels=4),
-        trained(model_type="bpe"),
-        trained(lowercase=True),
-        trained(byte_fallback=False),
-        trained(model_type="bpe", byte_fallback=False),
-    ],
-    ids=["bytes", "characters", "few characters", "unigram", "bpe", "lowercase", "no bytes", "bpe, no bytes"],
-)
-def test_our_own_tokenizers_are_written_so_that_transformers_reads_them_alike(ours, tmp_path):
+OURS = {
+    "bytes": lambda: ByteTokenizer(num_sentinels=3),
+    "characters": lambda: CharacterTokenizer(MANUAL),
+    "few characters": lambda: CharacterTokenizer("abc"),
+    "unigram": lambda: trained(num_sentinels=4),
+    "bpe": lambda: trained(model_type="bpe"),
+    "lowercase": lambda: trained(lowercase=True),
+    "no bytes": lambda: trained(byte_fallback=False),
+    "bpe, no bytes": lambda: trained(model_type="bpe", byte_fallback=False),
+}
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_our_own_tokenizers_are_written_so_that_transformers_reads_them_alike(kind, tmp_path):
+    ours = OURS[kind]()
     ours.publish(tmp_path)
     theirs = hf.AutoTokenizer.from_pretrained(tmp_path)
-    for text in ["abc cab\n\tx", "don't 12", *MANUAL.split("\n"), *TEXTS]:
+    for text in ["abc cab\n\tx", "don't 12", *MANUAL.split("\n")[::5], *TEXTS]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ids == ours.encode(text) or equally_likely(ours, ids, ours.encode(text)), text
         assert theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == ours.decode(ids)

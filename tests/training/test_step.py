@@ -112,14 +112,19 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 2, 4])
+@pytest.mark.parametrize("rows_at_once", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_any_split_into_microbatches_equals_the_whole_batch(name, rows_at_once):
     config = ARCHITECTURES[name]
     assert_same(run(config, max_rows_per_device=rows_at_once), run(config))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4), (1, 2, 4), (4, 2, 1), (1, 4, 2)])
+# data, fsdp, tensor; mixed ones beyond the first few are slow tests
+SPLITS = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+SPLITS += [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((2, 1, 4), (4, 2, 1), (1, 4, 2), (1, 1, 8))]
+
+
+@pytest.mark.parametrize("sizes", SPLITS)
 def test_eight_devices_in_any_split_equal_one(sizes):
     config = ARCHITECTURES["decoder"]
     assert_same(run(config, Mesh(*sizes), devices=8), run(config))
