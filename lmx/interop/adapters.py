@@ -72,24 +72,11 @@ def save_adapters(
     family, name, _ = written_as(dataclasses.replace(model, lora=Lora()))
     leaves = unrolled(params)
     weights = [weight for weight in family.weights(model) if weight.ours in leaves]
-    modules, heads, tensors, written = {}, {}, {}, set()
-    for weight in weights:
-        if weight.ours.startswith("heads/"):
-            weight.write(np.asarray(leaves[weight.ours]), heads)
-            written.add(weight.ours)
-        elif weight.ours.endswith("/kernel") and has_adapter(model, weight.ours.split("/")[:-1]):
-            pair: dict[str, np.ndarray] = {}
-            for part in adapter_weights(weight):
-                part.write(np.asarray(leaves[part.ours]), pair)
-                written.add(part.ours)
-            modules.setdefault(weight.theirs.removesuffix(".weight"), []).append(list(pair.values()))
-    lost = [ours for ours in leaves if (ours.startswith("heads/") or ours.endswith(ADAPTERS)) and ours not in written]
-    if lost:
-        raise CheckpointError(f"peft has no place for {', '.join(lost)}; save the model whole, with format='hf'.")
+    modules, heads = _split(model, weights, leaves)
+    tensors = {f"{PREFIX}{theirs}": array for theirs, array in heads.items()}
     for module, pairs in modules.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = np.concatenate([down for down, _ in pairs], axis=0)
         tensors[f"{PREFIX}{module}.lora_B.weight"] = np.concatenate([up for _, up in pairs], axis=1)
-    tensors |= {f"{PREFIX}{theirs}": array for theirs, array in heads.items()}
     if is_bare(family, name):
         tensors = {key.replace(f"{PREFIX}{family.prefix}", PREFIX): array for key, array in tensors.items()}
         modules = {key.removeprefix(family.prefix): pairs for key, pairs in modules.items()}
@@ -113,6 +100,27 @@ def save_adapters(
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / TASK).write_text(json.dumps({"task": task, "labels": list(labels)}) + "\n")
     (folder / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+def _split(
+    model: Model, weights: Sequence[Weight], leaves: Mapping[str, Any]
+) -> tuple[dict[str, list[list[np.ndarray]]], dict[str, np.ndarray]]:
+    """The adapters, pairs of ``A`` and ``B`` by module, and the heads, by tensor."""
+    modules, heads, written = {}, {}, set()
+    for weight in weights:
+        if weight.ours.startswith("heads/"):
+            weight.write(np.asarray(leaves[weight.ours]), heads)
+            written.add(weight.ours)
+        elif weight.ours.endswith("/kernel") and has_adapter(model, weight.ours.split("/")[:-1]):
+            pair: dict[str, np.ndarray] = {}
+            for part in adapter_weights(weight):
+                part.write(np.asarray(leaves[part.ours]), pair)
+                written.add(part.ours)
+            modules.setdefault(weight.theirs.removesuffix(".weight"), []).append(list(pair.values()))
+    lost = [ours for ours in leaves if (ours.startswith("heads/") or ours.endswith(ADAPTERS)) and ours not in written]
+    if lost:
+        raise CheckpointError(f"peft has no place for {', '.join(lost)}; save the model whole, with format='hf'.")
+    return modules, heads
 
 
 @dataclasses.dataclass(frozen=True)

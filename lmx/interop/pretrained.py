@@ -132,20 +132,7 @@ def load_params(
     """
     family = family_of(config["model_type"])
     named = canonical(family, tensors.shapes)
-    boxed = jax.eval_shape(lambda: init_params(Transformer(model), jax.random.key(0)))
-    shapes = nn.meta.unbox(boxed)
-    if mesh is None:
-        place = SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: place, shapes)
-    else:
-        shardings = param_shardings(boxed, mesh)
-    table = {weight.ours: weight for weight in family.table(model)}
-    targets = [
-        _Target(_name(path), leaf.shape, sharding, table, model)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
-        )
-    ]
+    shapes, targets = _targets(family, model, mesh)
     resized = _resized(config, model, tensors, named, targets)
     named = {name: theirs for name, theirs in named.items() if theirs not in resized}
     found = [target for target in targets if target.missing(named) is None]
@@ -168,6 +155,24 @@ def load_params(
     params = jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], shapes)
     used = len({name for target in found for name in target.tensors})
     return params, Report(used, ignored, tuple(target.name for target in fresh))
+
+
+def _targets(family: Family, model: Model, mesh: jax.sharding.Mesh | None) -> tuple[PyTree, "list[_Target]"]:
+    """The shapes of the parameters, and each as something to fill."""
+    boxed = jax.eval_shape(lambda: init_params(Transformer(model), jax.random.key(0)))
+    shapes = nn.meta.unbox(boxed)
+    if mesh is None:
+        place = SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: place, shapes)
+    else:
+        shardings = param_shardings(boxed, mesh)
+    table = {weight.ours: weight for weight in family.table(model)}
+    return shapes, [
+        _Target(_name(path), leaf.shape, sharding, table, model)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+        )
+    ]
 
 
 def _made(model: Model, targets: "list[_Target]", seed: int) -> dict[str, jax.Array]:
