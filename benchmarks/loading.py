@@ -62,14 +62,14 @@ def measure(folder: Path) -> dict[str, float]:
     jax.config.update("jax_num_cpu_devices", 8)
     from lmx.config import Mesh
     from lmx.interop.pretrained import load_params, model_config, open_checkpoint
-    from lmx.parallel.mesh import make_mesh
+    from lmx.parallel.sharding import Layout
 
-    mesh = make_mesh(Mesh(data=1, fsdp=4, tensor=2))
+    layout = Layout.of(Mesh(data=1, fsdp=4, tensor=2))
     config, tensors = open_checkpoint(folder)
     model = model_config(config, tensors, ("lm",))
     jax.block_until_ready(jax.numpy.zeros(8))
     before, start = _peak(), time.perf_counter()
-    params, _ = load_params(folder, config, tensors, model, mesh)
+    params, _ = load_params(folder, config, tensors, model, layout)
     shards = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
     largest = max(int(np.prod(shape)) * 4 for shape in tensors.shapes.values())
     seconds = time.perf_counter() - start

@@ -33,12 +33,12 @@ SIZES = {  # layers, width, heads, rows a step (0.5M, 1M, 2M and 3.2M tokens), l
     "175b": (96, 12288, 96, 1600, 0.6e-4),
     "tiny": (4, 128, 4, 16, 1e-3),
 }
-MESHES = {
-    "1.3b": Mesh(data=1, fsdp=-1),
-    "2.7b": Mesh(data=1, fsdp=-1),
-    "6.7b": Mesh(data=1, fsdp=-1),
-    "13b": Mesh(data=1, fsdp=-1, tensor=4),
-    "175b": Mesh(data=1, fsdp=-1, tensor=16),
+MESHES = {  # by kind of device; a node of GPUs has eight
+    "1.3b": ("any: fsdp=-1",),
+    "2.7b": ("any: fsdp=-1", "v6e: fsdp=-1"),
+    "6.7b": ("any: fsdp=-1", "v6e: fsdp=-1, tensor=2"),
+    "13b": ("any: fsdp=-1", "v6e: fsdp=-1, tensor=4", "h100: fsdp=-1, tensor=2"),
+    "175b": ("any: fsdp=-1, tensor=16", "h100: fsdp=-1, tensor=8"),
 }
 
 
@@ -81,7 +81,7 @@ def get_config(variant="125m"):
             eval_every=2000,
             checkpoint_every=2000,
         ),
-        mesh=MESHES.get(variant, Mesh()),
+        mesh=Mesh(on=MESHES.get(variant, ())),
         eval=Eval(max_batches=20),
     )
     return config_dict(tiny(config) if variant == "tiny" else config)

@@ -50,10 +50,11 @@ EXPECT = {
     "xxl_128": Expect(value=1.008, source="Fedus et al. 2021, Table 9"),
     "c_2048": Expect(value=1.043, source="Fedus et al. 2021, Table 9"),
 }
-MESHES = {
-    "large_128": Mesh(data=1, fsdp=-1, expert=16),
-    "xxl_128": Mesh(data=1, fsdp=-1, expert=16, tensor=8),
-    "c_2048": Mesh(data=1, fsdp=-1, expert=64),
+MESHES = {  # by kind of device; a node of GPUs has eight
+    **{f"base_{experts}": (f"any: data=-1, expert={min(experts, 8)}",) for experts in (8, 16, 32, 64, 128, 256)},
+    "large_128": ("any: fsdp=-1, expert=16", "h100: fsdp=-1, expert=8"),
+    "xxl_128": ("any: fsdp=-1, expert=16, tensor=8", "h100: fsdp=-1, expert=8, tensor=8"),
+    "c_2048": ("any: fsdp=-1, expert=64",),
 }
 
 
@@ -105,7 +106,7 @@ def get_config(variant="base_8"):
             clip_norm=0.0,
         ),
         train=Train(
-            steps=500_000 if variant in MESHES else 100_000,
+            steps=100_000 if variant.startswith("base") else 500_000,
             global_batch_size=2048,
             max_rows_per_device=32,
             log_every=100,
@@ -113,7 +114,7 @@ def get_config(variant="base_8"):
             checkpoint_every=5000,
             samples=0,
         ),
-        mesh=MESHES.get(variant, Mesh()),
+        mesh=Mesh(on=MESHES.get(variant, ())),
         eval=Eval(batch_size=256, max_batches=100),
         expect=EXPECT.get(variant, Expect()),
     )

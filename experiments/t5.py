@@ -26,7 +26,7 @@ SIZES = {  # layers of each stack, width, heads, width of a head, width of the f
     "11b": (24, 1024, 128, 128, 65536),
     "tiny": (2, 128, 4, 32, 512),
 }
-SHARDED = ("3b", "11b")
+MESHES = {"3b": ("any: fsdp=-1",), "11b": ("any: fsdp=-1", "h100: fsdp=-1, tensor=8")}  # by kind of device
 
 
 def get_config(variant="base"):
@@ -58,7 +58,7 @@ def get_config(variant="base"):
             init_stddev=width**-0.5,
             embedding_stddev=1.0,
             dtype="bfloat16",
-            remat="full" if variant in SHARDED else "none",
+            remat="full" if variant in MESHES else "none",
         ),
         objective=Objective(name="span_corruption", mask_rate=0.15, mean_span_length=3.0),
         data=Data(train="tfds:c4/en@train", eval="tfds:c4/en@validation", length=512),
@@ -80,7 +80,7 @@ def get_config(variant="base"):
             checkpoint_every=5000,
             samples=0,
         ),
-        mesh=Mesh(data=1, fsdp=-1) if variant in SHARDED else Mesh(),
+        mesh=Mesh(on=MESHES.get(variant, ())),
         eval=Eval(max_batches=100),
     )
     return config_dict(tiny(config) if variant == "tiny" else config)

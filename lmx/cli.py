@@ -63,6 +63,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", metavar="FILE[:VARIANT]", help="experiment file, such as experiments/gpt2.py:124m")
     train.add_argument("--workdir", metavar="DIR", help="where the run is kept; made if it is not there")
     train.add_argument("--help-config", action="store_true", help="list every field of a config and what it means")
+    told = train.add_argument_group("several processes", "found by themselves under SLURM, Open MPI, GKE and TPU pods")
+    told.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is")
+    told.add_argument("--num-processes", type=int, metavar="N", help="processes in all")
+    told.add_argument("--process-id", type=int, metavar="I", help="this one, from 0")
+
+    plan = command("plan", _plan, "Say whether a config fits devices, and what it would take there.", epilog=overrides)
+    plan.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="experiment file")
+    plan.add_argument("--devices", default="here", metavar="KIND:SIZE", help="v5p:8x8x16, h100:64, or here (here)")
+    plan.add_argument("--json", metavar="FILE", help="also write every number here")
+    plan.add_argument("--html", metavar="FILE", help="also write a page with pictures here")
+    plan.add_argument("--shardings", action="store_true", help="list where each parameter goes")
+    plan.add_argument("--search", action="store_true", help="rank mesh shapes and remat policies")
 
     evaluate = command("eval", _eval, "Score a trained model on held-out data.")
     evaluate.add_argument("--workdir", required=True, metavar="DIR", help="a training run")
@@ -119,11 +131,30 @@ def _train(args: argparse.Namespace, overrides: list[str], console: Console) -> 
         if getattr(args, name) is None:
             raise LmxError(f"lmx train needs --{name}; see `lmx train --help`.")
     config = read_config_file(args.config, overrides)
+    from lmx.parallel import processes
+
+    processes.start(args.coordinator, args.num_processes, args.process_id)
     from lmx.training.loop import train
 
     _use_compilation_cache()
-    result = train(config, args.workdir, console=console)
+    from lmx.planning.command import explains_out_of_memory
+
+    with processes.ends_with_peers(args.workdir), explains_out_of_memory(config, console):
+        result = train(config, args.workdir, console=console if processes.is_first() else Console(quiet=True))
     return 128 + signal.Signals[result.ended] if result.ended.startswith("SIG") else 0
+
+
+def _plan(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    if args.devices != "here":  # compilers for devices that are not there must not look for them
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from lmx.config_files import read_config_file
+
+    config = read_config_file(args.config, overrides)
+    from lmx.planning.command import plan
+
+    _use_compilation_cache()
+    plan(config, args.devices, console, args.json, args.html, args.shardings, args.search)
 
 
 def _eval(args: argparse.Namespace, overrides: list[str], console: Console) -> None:

@@ -132,6 +132,7 @@ class Optimizer:
         1.0, "Learning rate times this per layer below the head (ULMFiT; 1: equal).", low=0, high=1
     )
     freeze_body: bool = option(False, "Train the heads alone.")
+    offload: bool = option(False, "Keep the optimizer's state in the host's memory, away from the devices'.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +167,24 @@ class Mesh:
 
     data: int = option(-1, "Batch split, parameters replicated.", low=-1)
     fsdp: int = option(1, "Batch and parameters split.", low=-1)
-    tensor: int = option(1, "Heads, feed-forward and vocabulary split.", low=-1)
-    sequence: int = option(1, "Length split.", low=-1)
-    expert: int = option(1, "Experts split.", low=-1)
+    tensor: int = option(1, "Heads, feed-forward and vocabulary split; between sub-layers the length.", low=-1)
+    sequence: int = option(1, "Length split, and parameters as by fsdp; each device gathers the keys.", low=-1)
+    expert: int = option(1, "Experts split, and the batch; what is not an expert's, as by fsdp.", low=-1)
     stage: int = option(1, "Layers split into pipeline stages.", low=-1)
+    stage_microbatches: int | None = option(
+        None,
+        "Parts of a device's rows under way in a pipeline; none: as many as divide them, up to 4 a stage.",
+        low=1,
+    )
+    stage_rounds: int = option(
+        1, "Times that a part goes round the stages: more make the pipeline's idle time shorter.", low=1
+    )
+    on: tuple[str, ...] = option(
+        (), "Sizes for a kind of device, 'v5p: fsdp=-1, tensor=4', or any, where those above are all left as they are."
+    )
+    rules: tuple[str, ...] = option(
+        (), "Other places for logical axes than lmx.parallel.sharding.RULES: 'embed=fsdp', 'residual_length=sequence'."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Do the fields of a config agree with each other? Everything that needs no files and no devices."""
 
-import dataclasses
 import typing
 
 from lmx.errors import ConfigError
@@ -146,7 +145,7 @@ def _check_objective(config: "Config") -> None:
 
 
 def _check_mesh(config: "Config") -> None:
-    sizes = dataclasses.asdict(config.mesh)
+    sizes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor", "sequence", "expert", "stage")}
     _require(
         list(sizes.values()).count(-1) <= 1,
         f"only one axis of config.mesh may be -1 (what is left), not all of {sizes}.",

@@ -16,6 +16,7 @@ from lmx.interop.families import family_of, head_of
 from lmx.interop.pretrained import Report, load_params, model_config, open_checkpoint
 from lmx.interop.writing import unrolled
 from lmx.models.lora import ADAPTERS
+from lmx.parallel.sharding import Layout
 from lmx.text.published import PublishedTokenizer
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -73,7 +74,8 @@ def open_published(
             labels = adapters.labels
         model, tensors = adapters.onto(family, model, tensors)
     tokenizer = PublishedTokenizer.open(folder)
-    params, report = load_params(folder, theirs, tensors, model, mesh, dtype, progress=progress)
+    layout = None if mesh is None else Layout(mesh)
+    params, report = load_params(folder, theirs, tensors, model, layout, dtype, progress=progress)
     body = [
         leaf for name, leaf in unrolled(params).items() if not name.startswith("heads/") and not name.endswith(ADAPTERS)
     ]

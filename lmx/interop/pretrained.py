@@ -29,7 +29,7 @@ from lmx.interop.layouts import Weight, whole
 from lmx.model_config import Model, layer_period
 from lmx.models.lora import ADAPTERS
 from lmx.models.transformer import Transformer, init_params
-from lmx.parallel.sharding import param_shardings
+from lmx.parallel.sharding import Layout, param_shardings
 
 OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # of layer norms, in checkpoints that come from TensorFlow
 
@@ -111,7 +111,7 @@ def load_params(
     config: Mapping[str, Any],
     tensors: Tensors,
     model: Model,
-    mesh: jax.sharding.Mesh | None = None,
+    layout: Layout | None = None,
     dtype: str | None = None,
     seed: int = 0,
     progress: Callable[[str, int], None] = lambda name, size: None,
@@ -122,7 +122,7 @@ def load_params(
       folder: where they are from, for messages.
       config: its ``config.json``.
       tensors: its tensors, by :func:`lmx.interop.files.open_tensors`.
-      mesh: where to; none is the first device.
+      layout: where to; none is the first device.
       dtype: cast to this type; none keeps bfloat16 and float32 and makes float16 float32.
       seed: of what is freshly initialized.
       progress: called with each parameter's name and bytes once it is there.
@@ -132,7 +132,7 @@ def load_params(
     """
     family = family_of(config["model_type"])
     named = canonical(family, tensors.shapes)
-    shapes, targets = _targets(family, model, mesh)
+    shapes, targets = _targets(family, model, layout)
     resized = _resized(config, model, tensors, named, targets)
     named = {name: theirs for name, theirs in named.items() if theirs not in resized}
     found = [target for target in targets if target.missing(named) is None]
@@ -157,15 +157,15 @@ def load_params(
     return params, Report(used, ignored, tuple(target.name for target in fresh))
 
 
-def _targets(family: Family, model: Model, mesh: jax.sharding.Mesh | None) -> tuple[PyTree, "list[_Target]"]:
+def _targets(family: Family, model: Model, layout: Layout | None) -> tuple[PyTree, "list[_Target]"]:
     """The shapes of the parameters, and each as something to fill."""
     boxed = jax.eval_shape(lambda: init_params(Transformer(model), jax.random.key(0)))
     shapes = nn.meta.unbox(boxed)
-    if mesh is None:
+    if layout is None:
         place = SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: place, shapes)
     else:
-        shardings = param_shardings(boxed, mesh)
+        shardings = param_shardings(boxed, layout)
     table = {weight.ours: weight for weight in family.table(model)}
     return shapes, [
         _Target(_name(path), leaf.shape, sharding, table, model)

@@ -11,6 +11,7 @@ from lmx.kernels.attention import Mask
 from lmx.model_config import Model
 from lmx.models.layers import Norm, Projection, residual_scale
 from lmx.models.positions import rotate
+from lmx.parallel.sharding import constrain
 
 
 @struct.dataclass
@@ -64,7 +65,7 @@ class Attention(nn.Module):
             query = rotate(query, positions, config)
         key, value = self._keys_and_values(context, head_dim, positions, cache)
         names = ("batch", "length", "heads", "head_dim")
-        query = nn.with_logical_constraint(query, names)
+        query = constrain(query, *names)
         rate = config.attention_dropout if train else 0.0
         output, weights = kernels.attention(
             query,
@@ -78,7 +79,7 @@ class Attention(nn.Module):
             dropout_rng=self.make_rng("dropout") if rate else None,
         )
         self.sow("intermediates", "weights", weights)
-        output = nn.with_logical_constraint(output, names)
+        output = constrain(output, *names)
         axes = ("heads", "head_dim", "embed")
         scale, bias = residual_scale(config), self._has_bias("all")
         out = Projection(config, (config.embed_dim,), axes, num_inputs=2, init_scale=scale, use_bias=bias, name="out")
@@ -103,8 +104,7 @@ class Attention(nn.Module):
             key = Norm(config, "head_dim", name="key_norm")(key)
         if config.position == "rotary" and not self.cross:
             key = rotate(key, positions, config)
-        names = ("batch", "length", "kv_heads", "head_dim")
-        key, value = (nn.with_logical_constraint(x, names) for x in (key, value))
+        key, value = (constrain(x, "batch", "key_length", "kv_heads", "head_dim") for x in (key, value))
         if cache is None:
             return key, value
         return self._cached("cached_key", key, cache), self._cached("cached_value", value, cache)

@@ -1,5 +1,7 @@
 """One layer: self-attention, cross-attention where there is an encoder, feed-forward; post-norm or pre-norm."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -10,6 +12,7 @@ from lmx.models.attention import Attention, Cache
 from lmx.models.experts import SwitchFeedForward
 from lmx.models.feed_forward import FeedForward
 from lmx.models.layers import Norm
+from lmx.parallel.sharding import constrain
 
 
 @struct.dataclass
@@ -80,8 +83,8 @@ class Block(nn.Module):
     def _parallel(self, sublayers, x, train):
         """``x`` plus all sub-layers of it, each after its own norm."""
         dropout = nn.Dropout(self.config.dropout, deterministic=not train)
-        x = x + sum(dropout(sublayer(Norm(self.config, name=name)(x))) for name, sublayer in sublayers.items())
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        normed = {name: Norm(self.config, name=name)(x) for name in sublayers}
+        x = x + sum(dropout(_among_residuals(sublayer, normed[name])) for name, sublayer in sublayers.items())
         self.sow("intermediates", "mlp_residual", x)
         return x
 
@@ -90,9 +93,15 @@ class Block(nn.Module):
         norm = Norm(self.config, name=norm_name)
         dropout = nn.Dropout(self.config.dropout, deterministic=not train)
         if self.config.norm_position == "post":
-            x = norm(x + dropout(sublayer(x)))
+            x = norm(x + dropout(_among_residuals(sublayer, x)))
         else:
-            x = x + dropout(sublayer(norm(x)))
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+            x = x + dropout(_among_residuals(sublayer, norm(x)))
         self.sow("intermediates", norm_name.replace("_norm", "_residual"), x)
         return x
+
+
+def _among_residuals(
+    sublayer: Callable[[Array], Array], x: Float[Array, "batch length embed"]
+) -> Float[Array, "batch length embed"]:
+    """The sub-layer's output, laid out as the residual stream is (Korthikanti et al. 2022, section 4.2.2)."""
+    return constrain(sublayer(constrain(x, "batch", "length", None)), "batch", "residual_length", None)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from lmx.model_config import Model
 from lmx.models.feed_forward import ACTIVATIONS, is_gated
 from lmx.models.layers import Projection, kernel_init, residual_scale
+from lmx.parallel.sharding import constrain
 
 
 @struct.dataclass
@@ -132,16 +133,17 @@ class SwitchFeedForward(nn.Module):
         x, gates = x.astype(dtype), routing.gates.astype(dtype)
         if capacity:
             dispatch = jax.nn.one_hot(routing.slots, capacity, dtype=dtype)
-            output = self._experts(jnp.einsum("blxc,ble->bxce", dispatch, x), train)
+            slots = constrain(jnp.einsum("blxc,ble->bxce", dispatch, x), "batch", None, "capacity", None)
+            output = constrain(self._experts(slots, train), "batch", None, "capacity", None)
             return jnp.einsum("blxc,bxce->ble", dispatch * gates[..., None], output)
         every = jnp.broadcast_to(x[:, None], (x.shape[0], config.experts.num_experts, *x.shape[1:]))
         return jnp.einsum("blx,bxle->ble", gates, self._experts(every, train))
 
     def _experts(self, slots, train):
-        """Each expert's feed-forward network over its slots."""
+        """Each expert's feed-forward network over its slots, which come from where their rows are and go back."""
         config = self.config
-        names = ("batch", "experts", "capacity", None)
-        slots = nn.with_logical_constraint(slots, names)
+        names = ("expert_batch", "experts", "capacity")
+        slots = constrain(slots, *names, None)
         axes = ("experts", "embed", "mlp")
         hidden = ExpertProjection(config, config.mlp_dim, axes, name="in")(slots)
         activation = ACTIVATIONS[config.activation]
@@ -149,10 +151,11 @@ class SwitchFeedForward(nn.Module):
             hidden = activation(ExpertProjection(config, config.mlp_dim, axes, name="gate")(slots)) * hidden
         else:
             hidden = activation(hidden)
+        hidden = constrain(hidden, *names, "mlp")
         hidden = nn.Dropout(max(config.experts.dropout, config.mlp_dropout), deterministic=not train)(hidden)
         axes = ("experts", "mlp", "embed")
         output = ExpertProjection(config, config.embed_dim, axes, residual_scale(config), name="out")(hidden)
-        return nn.with_logical_constraint(output, names)
+        return constrain(output, *names, None)
 
     def _capacity(self, length, train):
         """Slots of each expert; 0 is no limit."""

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from lmx.model_config import Model
 from lmx.models.layers import Projection, residual_scale
+from lmx.parallel.sharding import constrain
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -41,7 +42,7 @@ class FeedForward(nn.Module):
             hidden = activation(Projection(config, (config.mlp_dim,), axes, use_bias=bias, name="gate")(x)) * hidden
         else:
             hidden = activation(hidden)
-        hidden = nn.with_logical_constraint(hidden, ("batch", "length", "mlp"))
+        hidden = constrain(hidden, "batch", "length", "mlp")
         hidden = nn.Dropout(config.mlp_dropout, deterministic=not train)(hidden)
         scale = residual_scale(config)
         out = Projection(config, (config.embed_dim,), ("mlp", "embed"), init_scale=scale, use_bias=bias, name="out")

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from lmx.model_config import Model
 from lmx.models.feed_forward import ACTIVATIONS
 from lmx.models.layers import Norm, Projection
+from lmx.parallel.sharding import constrain
 
 
 class VocabularyLogits(nn.Module):
@@ -33,7 +34,7 @@ class VocabularyLogits(nn.Module):
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
             logits += self.param("bias", init, (config.vocab_size,))
-        return nn.with_logical_constraint(logits, ("batch", "length", "vocab")) if logits.ndim == 3 else logits
+        return constrain(logits, "batch", "length", "vocab") if logits.ndim == 3 else logits
 
 
 class MaskedLMHead(nn.Module):
@@ -49,7 +50,7 @@ class MaskedLMHead(nn.Module):
         self, hidden: Float[Array, "... embed"], table: Float[Array, "vocab embed"]
     ) -> Float[Array, "... vocab"]:
         config = self.config
-        hidden = Projection(config, (config.embed_dim,), ("embed", "mlp"), name="dense")(hidden)
+        hidden = Projection(config, (config.embed_dim,), ("embed", "head_mlp"), name="dense")(hidden)
         hidden = Norm(config, name="norm")(ACTIVATIONS[config.activation](hidden))
         return VocabularyLogits(config, use_bias=True, name="vocabulary")(hidden, table)
 
@@ -83,7 +84,7 @@ class Pooler(nn.Module):
         if config.pooler == "none":
             return pooled
         activation = {"tanh": jnp.tanh, "relu": jax.nn.relu}[config.pooler]
-        return activation(Projection(config, (config.embed_dim,), ("embed", "mlp"), name="dense")(pooled))
+        return activation(Projection(config, (config.embed_dim,), ("embed", "head_mlp"), name="dense")(pooled))
 
 
 class ClassificationHead(nn.Module):

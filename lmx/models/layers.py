@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from lmx.model_config import Model
 from lmx.models.lora import has_adapter
+from lmx.parallel.sharding import constrain
 
 
 def kernel_init(config: Model, num_inputs: int = 1, *, scale: float = 1.0, batched: bool = False):
@@ -122,4 +123,5 @@ class Table(nn.Module):
     def __call__(self) -> Float[Array, "rows embed"]:
         init = nn.initializers.normal(self.config.embedding_stddev)
         init = nn.with_logical_partitioning(init, (self.axis, "embed"))
-        return self.param("table", init, (self.rows, self.config.embed_dim)).astype(self.config.dtype)
+        table = self.param("table", init, (self.rows, self.config.embed_dim)).astype(self.config.dtype)
+        return constrain(table, self.axis, None)

@@ -17,6 +17,8 @@ from lmx.model_config import Model, is_sparse, layer_period
 from lmx.models.block import Block, Context
 from lmx.models.layers import Norm
 from lmx.models.positions import RelativeBias
+from lmx.parallel.pipeline import pipelined
+from lmx.parallel.sharding import current_layout
 
 REMAT_POLICIES: dict[str, Callable | None] = {
     "full": None,
@@ -65,7 +67,11 @@ class Stack(nn.Module):
             bias = RelativeBias(config, bidirectional=not self.causal, name="relative_bias")
             context = context.replace(bias=bias(context.mask.query_index, context.mask.key_index))
         self.sow("intermediates", "embeddings", x)
-        x = self._scanned(x, context) if config.scan_layers else self._unrolled(x, context)
+        layout = current_layout()
+        if layout is not None and layout.mesh.shape["stage"] > 1 and self._may_be_pipelined(context):
+            x = self._pipelined(x, context, layout)
+        else:
+            x = self._scanned(x, context) if config.scan_layers else self._unrolled(x, context)
         if config.norm_position == "pre" and config.final_norm:
             x = Norm(config, name="final_norm")(x)
         x = nn.Dropout(config.final_dropout, deterministic=not context.train)(x)
@@ -87,11 +93,51 @@ class Stack(nn.Module):
         )
         return layers(config, self.cross, name="layers")(x, context)[0]
 
+    def _may_be_pipelined(self, context):
+        """Whether nothing is asked for but the output: not when parameters are made, nor to decode or look inside."""
+        asked = context.cache is not None or self.is_mutable_collection("intermediates")
+        return self.config.scan_layers and not asked and not self.is_initializing()
+
+    def _pipelined(self, x, context, layout):
+        config = self.config
+        period = Period(config, self.cross, parent=None)
+        rows, shared, join = _by_row(context)
+        keys = {name: self.make_rng(name) for name in ("dropout", "jitter") if self.has_rng(name)}
+
+        def layer(params, x, rows, shared, index, microbatch):
+            context, keys = shared
+            rngs = {n: jax.random.fold_in(jax.random.fold_in(key, index), microbatch) for n, key in keys.items()}
+            (x, _), sown = period.apply({"params": params}, x, join(rows, context), rngs=rngs, mutable=["experts"])
+            return x, sown.get("experts", {})
+
+        if config.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        params = self.get_variable("params", "layers")
+        x, sown = pipelined(layer, params, x, rows, (shared, keys), layout)
+        if sown and self.is_mutable_collection("experts"):
+            self.put_variable("experts", "layers", sown)
+        return x
+
     def _unrolled(self, x, context):
         for index in range(self.num_layers):
             remat = self.config.remat != "none"
             x = _block(self.config, index, self.cross, f"layers_{index}", remat)(x, context)
         return x
+
+
+def _by_row(context: Context) -> tuple[list, list, Callable[[list, list], Context]]:
+    """The arrays of a context that have a row a row of the batch, the others, and what puts them together again."""
+    names = ("query_segments", "key_segments", "prefix", "positions", "encoded")
+    paths, structure = jax.tree.flatten_with_path(context)
+    by_row = [path[-1].name in names for path, _ in paths]
+    rows = [leaf for (_, leaf), own in zip(paths, by_row, strict=True) if own]
+    shared = [leaf for (_, leaf), own in zip(paths, by_row, strict=True) if not own]
+
+    def join(rows: list, shared: list) -> Context:
+        sources = {True: iter(rows), False: iter(shared)}
+        return structure.unflatten([next(sources[own]) for own in by_row])
+
+    return rows, shared, join
 
 
 def unroll_params(params: Mapping[str, Any]) -> dict[str, Any]:

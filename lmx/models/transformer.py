@@ -22,6 +22,7 @@ from lmx.models.heads import Heads, span_scores
 from lmx.models.layers import Norm, Table
 from lmx.models.positions import sinusoidal
 from lmx.models.stack import Stack
+from lmx.parallel.sharding import constrain
 
 Batch = Mapping[str, Array]
 
@@ -35,7 +36,7 @@ class Embeddings(nn.Module):
         config = self.config
         self.tokens = Table(config, config.vocab_size, "vocab")
         if config.position == "learned":
-            self.positions = Table(config, config.max_length + config.position_offset)
+            self.positions = Table(config, config.max_length + config.position_offset, "positions")
         if config.num_token_types:
             self.token_types = Table(config, config.num_token_types)
         if config.embedding_norm:
@@ -61,7 +62,7 @@ class Embeddings(nn.Module):
             x = x + self.token_types()[jnp.zeros_like(tokens) if token_types is None else token_types]
         if config.embedding_norm:
             x = self.norm(x)
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        x = constrain(x, "batch", "residual_length", None)
         return self.dropout(x, deterministic=not train)
 
 
@@ -171,6 +172,7 @@ class Transformer(nn.Module):
         if encoded is not None:
             source = _segments(batch, "encoder_")
             cross_mask = Mask(segments, source, index, jnp.arange(source.shape[1]))
+            encoded = constrain(encoded, "batch", "key_length", None)
         x = self.embeddings(tokens, positions, batch.get("token_types"), train)
         return stack(x, Context(mask, positions, None, encoded, cross_mask, cache, train))
 
@@ -180,15 +182,10 @@ def _segments(batch: Batch, prefix: str) -> Int[Array, "batch length"]:
     return jnp.ones_like(batch[f"{prefix}tokens"]) if segments is None else segments
 
 
-def init_params(model: Transformer, key: Key[Array, ""], rows: int = 1) -> PyTree:
-    """Fresh parameters, boxed with the logical names of their axes.
-
-    Args:
-      rows: of the batch that initialization runs on; a multiple of the parts that a mesh cuts a batch into, so that
-        the activations' sharding constraints can be met.
-    """
+def init_params(model: Transformer, key: Key[Array, ""]) -> PyTree:
+    """Fresh parameters, boxed with the logical names of their axes."""
     two = model.config.architecture == "encoder_decoder"
-    tokens = jnp.zeros((rows, 1), jnp.int32)
+    tokens = jnp.zeros((1, 1), jnp.int32)
     batch = dict.fromkeys(("encoder_tokens", "decoder_tokens") if two else ("tokens",), tokens)
     params_key, jitter_key = jax.random.split(key)
     return model.init({"params": params_key, "jitter": jitter_key}, batch)["params"]

@@ -1,14 +1,14 @@
 """Compile strategies: the same pure step by jit on one device, by pmap, or by jit with shardings over the mesh."""
 
-import functools
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from lmx.errors import ConfigError
-from lmx.parallel.sharding import RULES, batch_sharding
+from lmx.parallel.sharding import Layout, batch_sharding, use_layout
 
 PMAP_AXIS = "devices"
 
@@ -30,26 +30,54 @@ def check_strategy(strategy: str, mesh: jax.sharding.Mesh) -> None:
         raise ConfigError(f"train.strategy='pmap' replicates parameters; it can't do mesh {sizes}. Use 'pjit'.")
 
 
-def compile_step(
-    step: Callable,
-    strategy: str,
-    mesh: jax.sharding.Mesh,
-    shardings: Any,
-    *,
-    updates: bool,
-) -> Callable:
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A step as it is compiled: call it with the state and a global batch, or lower it for shapes of them.
+
+    Attributes:
+      function: what ``jax.jit`` or ``jax.pmap`` made of it.
+      layout: that it is traced for; none under pmap, where each device sees its own rows alone.
+      parts: of the batch that pmap wants one for each device; 0 otherwise.
+    """
+
+    function: Any
+    layout: Layout | None
+    parts: int = 0
+
+    def __call__(self, state: Any, batch: Mapping[str, jax.Array]) -> Any:
+        with self._traced():
+            return self.function(state, self._split(batch))
+
+    def lower(self, state: Any, batch: Mapping[str, Any]) -> Any:
+        """The step lowered for arrays like these, or ``jax.ShapeDtypeStruct``."""
+        with self._traced():
+            return self.function.lower(state, self._split(batch))
+
+    def _traced(self) -> contextlib.AbstractContextManager:
+        return use_layout(self.layout) if self.layout else contextlib.nullcontext()
+
+    def _split(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: self._rows(x) for name, x in batch.items()} if self.parts else batch
+
+    def _rows(self, x: Any) -> Any:
+        shape = (self.parts, x.shape[0] // self.parts, *x.shape[1:])
+        return x.reshape(shape) if hasattr(x, "reshape") else jax.ShapeDtypeStruct(shape, x.dtype)
+
+
+def compile_step(step: Callable, strategy: str, layout: Layout, shardings: Any, *, updates: bool) -> CompiledStep:
     """Compiles ``step(state, batch)``.
 
     Args:
       step: returns ``(state, metrics)`` if it updates the state, else ``metrics``.
       strategy: jit, pmap or pjit.
-      mesh: the devices.
+      layout: the devices, and what goes where.
       shardings: where each leaf of the state lies.
       updates: whether a new state comes back; the old one's memory is then reused for it.
 
     Returns:
       A function of the state and of a global batch that lies on the mesh (:func:`lmx.parallel.sharding.put_batch`).
     """
+    mesh = layout.mesh
     if strategy == "pmap":
         # The state is one replicated array a leaf; pmap splits the batch's rows and sums over its axis.
         mapped = jax.pmap(
@@ -59,7 +87,7 @@ def compile_step(
             out_axes=(None, None) if updates else None,
             devices=list(mesh.devices.flat),
         )
-        return functools.partial(_call_mapped, mapped, mesh.size)
+        return CompiledStep(mapped, None, mesh.size)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     compiled = jax.jit(
         step,
@@ -67,16 +95,4 @@ def compile_step(
         out_shardings=(shardings, replicated) if updates else replicated,
         donate_argnums=(0,) if updates else (),
     )
-    return functools.partial(call_in_mesh, compiled, mesh)
-
-
-def _call_mapped(mapped, devices, state, batch):
-    rows = {name: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]) for name, x in batch.items()}
-    return mapped(state, rows)
-
-
-def call_in_mesh(function: Callable, mesh: jax.sharding.Mesh, *args: Any) -> Any:
-    """Calls (and so traces, the first time) ``function`` where the model's logical axes mean axes of ``mesh``."""
-    # set_mesh, not `with mesh`: under the latter Linen drops every sharding constraint without a word.
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        return function(*args)
+    return CompiledStep(compiled, layout)

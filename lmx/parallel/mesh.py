@@ -8,11 +8,12 @@ import jax
 from jax.sharding import AxisType
 
 from lmx.config import Mesh, Train
-from lmx.errors import ConfigError
+from lmx.errors import ConfigError, nearest
+from lmx.parallel.hardware import HARDWARE, hardware_of
 
-AXES = ("data", "fsdp", "tensor", "sequence", "expert", "stage")
-BATCH_AXES = ("data", "fsdp")
-_SUPPORTED = ("data", "fsdp", "tensor")
+# Slowest network first: neighbours of the last axis are neighbours of the machine.
+AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # expert last, so that sending tokens to their experts is one all-to-all
 
 
 def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -22,13 +23,7 @@ def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.
       ConfigError: the sizes do not multiply to the number of devices; it says which sizes would.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = dataclasses.asdict(config)
-    for axis in AXES:
-        if axis not in _SUPPORTED and sizes[axis] not in (1, -1):
-            raise ConfigError(
-                f"mesh.{axis}={sizes[axis]}: this version of lmx splits work over {', '.join(_SUPPORTED)} only; "
-                f"set mesh.{axis}=1."
-            )
+    sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     asked = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes[axis] != 1)
@@ -44,6 +39,35 @@ def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.
     shape = tuple(sizes[axis] for axis in AXES)
     # Explicit axes, the default, reject Linen's sharding constraints.
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def on_hardware(config: Mesh, device: jax.Device) -> Mesh:
+    """``config`` with the sizes that ``config.on`` has for this kind of device, or for any, unless sizes were given.
+
+    Raises:
+      ConfigError: an entry is not ``KIND: AXIS=SIZE, …``.
+    """
+    hardware = hardware_of(device)
+    entries = dict(_parse_entry(entry) for entry in config.on)
+    given = any(getattr(config, axis) != getattr(Mesh(), axis) for axis in AXES)
+    sizes = entries.get(hardware.name if hardware else "any", entries.get("any"))
+    return config if given or sizes is None else dataclasses.replace(config, **sizes)
+
+
+def _parse_entry(entry: str) -> tuple[str, dict[str, int]]:
+    """``"v5p: fsdp=-1, tensor=4"`` as a kind and the size of every axis."""
+    kind, colon, sizes = entry.partition(":")
+    kind, known = kind.strip(), [*(hardware.name for hardware in HARDWARE), "any"]
+    if not colon or kind not in known:
+        raise ConfigError(f"mesh.on: {entry!r} is not KIND: AXIS=SIZE, …{nearest(kind, known)}.")
+    found = {}
+    for part in sizes.split(","):
+        axis, equals, size = (text.strip() for text in part.partition("="))
+        if axis not in AXES or not equals or not size.removeprefix("-").isdecimal() or int(size) < -1 or int(size) == 0:
+            raise ConfigError(f"mesh.on: {part.strip()!r} of {entry!r} is not AXIS=SIZE{nearest(axis, AXES)}.")
+        found[axis] = int(size)
+    free = {} if -1 in found.values() else {"data": -1}
+    return kind, dict.fromkeys(AXES, 1) | free | found
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
@@ -87,8 +111,8 @@ def split_batch(train: Train, mesh: jax.sharding.Mesh) -> BatchSplit:
     if rows % shards:
         near = sorted({max(1, rows // shards) * shards, -(-rows // shards) * shards})
         raise ConfigError(
-            f"train.global_batch_size ({rows}) does not divide over mesh data x fsdp = {shards}; the batch is never "
-            f"changed silently. Use {' or '.join(map(str, near))}, or other sizes of the mesh."
+            f"train.global_batch_size ({rows}) does not divide over mesh {' x '.join(BATCH_AXES)} = {shards}; the "
+            f"batch is never changed silently. Use {' or '.join(map(str, near))}, or other sizes of the mesh."
         )
     per_shard = rows // shards
     limit = train.max_rows_per_device or per_shard

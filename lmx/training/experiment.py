@@ -18,7 +18,10 @@ from lmx.interop.pretrained import is_pretrained
 from lmx.models.transformer import Transformer, init_params
 from lmx.objectives import Objective, make_objective
 from lmx.parallel.compile import check_strategy
-from lmx.parallel.mesh import BatchSplit, batch_shards, make_mesh, split_batch
+from lmx.parallel.mesh import BatchSplit, batch_shards, split_batch
+from lmx.parallel.pipeline import check_pipeline
+from lmx.parallel.processes import host_share
+from lmx.parallel.sharding import Layout
 from lmx.text.corpora import Source, open_source
 from lmx.text.pipeline import make_batches
 from lmx.text.published import PublishedTokenizer
@@ -34,7 +37,8 @@ class Experiment:
     Attributes:
       config: with what was read off the data filled in (``model.vocab_size``, ``data.labels``).
       asked: as it was given.
-      split: how the global batch is computed on the mesh.
+      layout: the devices, and what goes where on them.
+      split: how the global batch is computed on them.
       sources: corpora that are open, by what they were asked for as; their tokens are remembered with them.
     """
 
@@ -43,13 +47,18 @@ class Experiment:
     tokenizer: Any
     objective: Objective
     model: Transformer
-    mesh: jax.sharding.Mesh
+    layout: Layout
     split: BatchSplit
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
 
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The devices."""
+        return self.layout.mesh
+
     def init_params(self, key: jax.Array) -> Any:
         """Fresh parameters, boxed with the logical names of their axes."""
-        return init_params(self.model, key, rows=batch_shards(self.mesh))
+        return init_params(self.model, key)
 
     def abstract_params(self) -> Any:
         """Shapes of all parameters, boxed like :meth:`init_params`; computes nothing."""
@@ -66,13 +75,14 @@ class Experiment:
 
     def eval_batches(self, source: str | None = None) -> Iterator[dict]:
         """This host's part of the held-out batches, each row once; of ``data.eval`` or of another source."""
-        shards = batch_shards(self.mesh)
+        shards = batch_shards(self.mesh) * (self.layout.stage_microbatches or self.mesh.shape["stage"])
         rows = self.config.eval.batch_size or self.config.train.global_batch_size
         return self._batches(source or self.config.data.eval, -(-rows // shards) * shards, train=False)
 
     def _batches(self, spec: str, rows: int, train: bool) -> Iterator[dict]:
         if spec not in self.sources:
             self.sources[spec] = open_source(spec, record_fields(self.config))
+        part, parts = host_share(self.mesh)
         return make_batches(
             self.sources[spec],
             self.tokenizer,
@@ -80,9 +90,9 @@ class Experiment:
             self.config,
             train=train,
             seed=self.config.seed,
-            batch_size=rows // jax.process_count(),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            batch_size=rows // parts,
+            process_index=part,
+            process_count=parts,
         )
 
 
@@ -94,13 +104,14 @@ def build(asked: Config, workdir: Path, console: Console, devices: Any = None) -
     Raises:
       LmxError: the config does not fit the devices, the data or the tokenizer.
     """
-    mesh = make_mesh(asked.mesh, devices)
-    check_strategy(asked.train.strategy, mesh)
-    split = split_batch(asked.train, mesh)
+    layout = Layout.of(asked.mesh, devices)
+    check_strategy(asked.train.strategy, layout.mesh)
+    split = split_batch(asked.train, layout.mesh)
+    check_pipeline(asked.model, split.rows_per_device, layout)
     tokenizer = _tokenizer(asked, workdir, console)
     config = resolve(_with_body(asked, workdir, console), tokenizer)
     objective = make_objective(config, tokenizer)
-    return Experiment(config, asked, tokenizer, objective, Transformer(config.model), mesh, split)
+    return Experiment(config, asked, tokenizer, objective, Transformer(config.model), layout, split)
 
 
 def resolve(config: Config, tokenizer: Any) -> Config:

@@ -13,8 +13,7 @@ from lmx.interop.opening import locate
 from lmx.interop.pretrained import is_pretrained, load_params, open_checkpoint
 from lmx.models.lora import ADAPTERS
 from lmx.models.stack import to_layout
-from lmx.parallel.compile import call_in_mesh
-from lmx.parallel.sharding import like_params, param_shardings
+from lmx.parallel.sharding import Layout, like_params, on_host, param_shardings, use_layout
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.experiment import Experiment
 from lmx.training.state import TrainState, init_state
@@ -22,10 +21,12 @@ from lmx.training.state import TrainState, init_state
 
 def state_layout(experiment: Experiment) -> TrainState:
     """The training state as ``jax.ShapeDtypeStruct`` with the sharding of every leaf."""
-    boxed, mesh = experiment.abstract_params(), experiment.mesh
-    shardings, params = param_shardings(boxed, mesh), nn.meta.unbox(boxed)
+    boxed = experiment.abstract_params()
+    shardings, params = param_shardings(boxed, experiment.layout), nn.meta.unbox(boxed)
     state = jax.eval_shape(lambda p: init_state(p, experiment.optimizer()), params)
-    placed = like_params(state, params, shardings, mesh)
+    placed = like_params(state, params, shardings, experiment.mesh)
+    if experiment.config.optimizer.offload:
+        placed = placed.replace(opt_state=jax.tree.map(on_host, placed.opt_state))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
 
 
@@ -46,11 +47,12 @@ def initial_state(
     def scratch(key: jax.Array) -> TrainState:
         return init_state(nn.meta.unbox(experiment.init_params(key)), optimizer)
 
-    state = call_in_mesh(jax.jit(scratch, out_shardings=shardings), experiment.mesh, jax.random.key(config.seed))
+    with use_layout(experiment.layout):
+        state = jax.jit(scratch, out_shardings=shardings)(jax.random.key(config.seed))
 
     # 2. Another run's parameters, with fresh heads where its own don't fit.
     if config.train.init_from:
-        params, fresh = _taken_over(config, state.params, experiment.mesh)
+        params, fresh = _taken_over(config, state.params, experiment.layout)
         params = jax.device_put(params, shardings.params)
         state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(params)
         console.print(f"[bold]started[/] from {config.train.init_from}; fresh: {', '.join(fresh) or 'nothing'}")
@@ -69,12 +71,12 @@ def check_init_from(experiment: Experiment) -> None:
         _take_over(source, nn.meta.unbox(experiment.abstract_params()), found)
 
 
-def _taken_over(config: Config, params: Any, mesh: jax.sharding.Mesh) -> tuple[Any, list[str]]:
+def _taken_over(config: Config, params: Any, layout: Layout) -> tuple[Any, list[str]]:
     """The other run's parameters in the layout of ``params``, and the names of those kept fresh (heads only)."""
     folder = locate(config.train.init_from)
     if is_pretrained(folder):
         theirs, tensors = open_checkpoint(folder)
-        found, report = load_params(folder, theirs, tensors, config.model, mesh, "float32", config.seed)
+        found, report = load_params(folder, theirs, tensors, config.model, layout, "float32", config.seed)
         return found, list(report.fresh)
     with Checkpoints(config.train.init_from, read_only=True) as checkpoints:
         found = to_layout(checkpoints.restore_params(), config.model)

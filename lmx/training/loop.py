@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from lmx.kernels import attention
 from lmx.models.flops import forward_flops
 from lmx.models.heads import num_params
 from lmx.parallel.compile import axis_name, compile_step
-from lmx.parallel.sharding import put_batch, whole_dimensions
+from lmx.parallel.hardware import hardware_of
+from lmx.parallel.processes import barrier, gather, host_share
+from lmx.parallel.sharding import moved_dimensions, put_batch
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.experiment import Experiment, build
 from lmx.training.initial import check_init_from, initial_state
-from lmx.training.metrics import MetricsWriter, Throughput, peak_flops
+from lmx.training.metrics import MetricsWriter, Throughput
 from lmx.training.optimizers import eval_params, make_schedule, trainable
 from lmx.training.progress import Progress
 from lmx.training.report import write_report
@@ -65,8 +68,11 @@ def train(config: Config, workdir: str | Path, *, console: Console | None = None
     experiment.eval_batches()  # a held-out source that can't be opened is an error now, not at the first evaluation
     if not (workdir / "config.json").is_file():  # a run that has begun does not need what it began from
         check_init_from(experiment)
-    experiment.tokenizer.save(workdir / "tokenizer")
-    write_config(workdir, experiment.config, config, num_params(experiment.abstract_params()))
+    barrier("built")  # nobody reads the workdir while it is being written
+    if jax.process_index() == 0:
+        experiment.tokenizer.save(workdir / "tokenizer")
+        write_config(workdir, experiment.config, config, num_params(experiment.abstract_params()))
+    barrier("written")
     _print_header(experiment, workdir, console)
     with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints, Interrupt() as interrupt:
         run = _Run(experiment, workdir, batches, checkpoints, console)
@@ -95,6 +101,7 @@ class _Run:
         self.latest = {name: value for line in self.writer.resumed for name, value in line.items() if name != "step"}
         self.pending: list[dict] = []  # metrics of the steps since the last line, still on the device
         self.throughput = throughput(experiment)
+        self.tokens = 0  # of this process since the last line
 
     def loop(self, interrupt: Interrupt) -> str:
         """Trains until something ends it; returns what did."""
@@ -107,9 +114,9 @@ class _Run:
                 self._write(self._evaluate(progress))
             while True:
                 self._advance()
-                stopped = interrupt.signal  # read once: a signal that comes later is the next step's
-                done = self.step >= train.steps or stopped is not None
                 evaluating = self.step % train.eval_every == 0 or self.step >= train.steps
+                stopped = self._agreed(interrupt.signal, evaluating)  # read once: a later signal is the next step's
+                done = self.step >= train.steps or stopped is not None
                 metrics = {}
                 if self.step % train.log_every == 0 or evaluating or done:
                     metrics = self._fetch()
@@ -139,14 +146,27 @@ class _Run:
     def _advance(self) -> None:
         """One step; returns as soon as the device has it to do."""
         batch = next(self.batches)
-        self.throughput.count(sum(int((batch[name] > 0).sum()) for name in batch if name.endswith("segments")))
+        self.tokens += sum(int((batch[name] > 0).sum()) for name in batch if name.endswith("segments"))
         self.state, metrics = self.train_step(self.state, put_batch(batch, self.experiment.mesh))
         self.pending.append(metrics)
         self.step += 1
 
+    def _agreed(self, stopped: signal.Signals | None, evaluating: bool) -> signal.Signals | None:
+        """The signal that stops the run after this step. Several processes must stop at the same one, so they ask
+        each other when metrics are fetched and they wait for the devices anyhow."""
+        if jax.process_count() == 1:
+            return stopped
+        if not evaluating and self.step % self.config.train.log_every:
+            return None
+        heard = gather([stopped or 0])
+        return signal.Signals(heard.max()) if heard.any() else None
+
     def _fetch(self) -> dict[str, float]:
         """Means since the last line, with the speed; a value that is not finite ends the run."""
         fetched, self.pending = jax.device_get(self.pending), []
+        copies = jax.process_count() // host_share(self.experiment.mesh)[1]  # of every row, over the processes
+        self.throughput.count(int(gather([self.tokens]).sum()) // copies)
+        self.tokens = 0
         for step, metrics in enumerate(fetched, start=self.step - len(fetched) + 1):
             broken = sorted(name for name, (total, _) in metrics.items() if not math.isfinite(total))
             if broken:
@@ -162,7 +182,8 @@ class _Run:
         metrics = evaluate(self.experiment, self.eval_step, eval_params(self.state))
         self.eval_losses.append(metrics["eval/loss"])
         progress.evaluated(self.step, metrics)
-        write_samples(self.workdir, self.step, self.experiment, self.state)
+        if jax.process_count() == 1:  # decoding computes where the parameters are, and here that is not all of them
+            write_samples(self.workdir, self.step, self.experiment, self.state)
         self.throughput.resume()
         return metrics
 
@@ -210,7 +231,7 @@ def means(metrics: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
 
 def compiled_train_step(experiment: Experiment, optimizer: Any, state: TrainState) -> Any:
     """The train step, compiled by ``train.strategy`` for the layout of ``state``."""
-    config, mesh = experiment.config, experiment.mesh
+    config = experiment.config
     step = make_train_step(
         experiment.model,
         experiment.objective,
@@ -220,16 +241,17 @@ def compiled_train_step(experiment: Experiment, optimizer: Any, state: TrainStat
         microbatches=experiment.split.microbatches,
         seed=config.seed,
         axis_name=axis_name(config.train.strategy),
+        offload=config.optimizer.offload,
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return compile_step(step, config.train.strategy, mesh, shardings, updates=True)
+    return compile_step(step, config.train.strategy, experiment.layout, shardings, updates=True)
 
 
 def compiled_eval_step(experiment: Experiment, shardings: Any) -> Any:
     """The evaluation step, compiled by ``train.strategy`` for parameters that lie by ``shardings``."""
     strategy = experiment.config.train.strategy
     step = make_eval_step(experiment.model, experiment.objective, axis_name(strategy))
-    return compile_step(step, strategy, experiment.mesh, shardings, updates=False)
+    return compile_step(step, strategy, experiment.layout, shardings, updates=False)
 
 
 def throughput(experiment: Experiment) -> Throughput:
@@ -237,8 +259,8 @@ def throughput(experiment: Experiment) -> Throughput:
     lengths, model, mesh = experiment.objective.lengths, experiment.config.model, experiment.mesh
     source, target = lengths.get("encoder_tokens", 0), lengths.get("decoder_tokens") or lengths["tokens"]
     flops_per_token = 3 * forward_flops(model, target, source) / (source + target)
-    peak = peak_flops(mesh.devices.flat[0])
-    return Throughput(flops_per_token, None if peak is None else peak * mesh.size)
+    hardware = hardware_of(mesh.devices.flat[0])
+    return Throughput(flops_per_token, None if hardware is None else hardware.peak_flops * mesh.size)
 
 
 def _print_header(experiment: Experiment, workdir: Path, console: Console) -> None:
@@ -257,5 +279,5 @@ def _print_header(experiment: Experiment, workdir: Path, console: Console) -> No
     }
     for name, value in lines.items():
         console.print(f"[bold]{name:>11}[/]  {value}", highlight=False)
-    for warning in whole_dimensions(boxed, mesh):
+    for warning in moved_dimensions(boxed, experiment.layout):
         console.print(f"[yellow]{'sharding':>11}[/]  {warning}", highlight=False)

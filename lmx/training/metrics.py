@@ -15,17 +15,6 @@ from lmx.errors import CheckpointError
 METRICS_FILE = "metrics.jsonl"
 
 # Dense bfloat16 multiply-add peak of a chip, in FLOP/s, by what `jax.Device.device_kind` holds; the first match counts.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # v5p; v5e calls itself "TPU v5 lite"
-    "TPU v6": 918e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2.25e15,
-}
 
 
 class MetricsWriter:
@@ -149,16 +138,6 @@ class Throughput:
         if self._flops_per_token and self._peak:
             found["model_flops_utilization"] = rate * self._flops_per_token / self._peak
         return found
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """The dense bfloat16 peak of one device in FLOP/s, or None for a kind that is not known (and any CPU).
-
-    Sources: Google Cloud's TPU pages (v4 275, v5e 197, v5p 459, v6e 918 TFLOP/s a chip) and NVIDIA's data
-    sheets, SXM boards without sparsity (A100 312, H100 and H200 989, B200 2250 TFLOP/s). A JAX device of a
-    TPU v4 or later is a whole chip.
-    """
-    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
 
 
 def _line(values: Mapping[str, float]) -> str:

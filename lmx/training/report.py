@@ -94,18 +94,23 @@ def write_report(workdir: str | Path) -> Path:
         _samples(samples.read_text(encoding="utf-8", errors="replace")) if samples.is_file() else "",
         _settings(settings),
     ]
-    name, content = escape(folder.resolve().name), "\n".join(filter(None, body))
+    path = folder / "report.html"
+    write_page(path, folder.resolve().name, _subtitle(settings), body)
+    return path
+
+
+def write_page(path: Path, title: str, subtitle: str, parts: Sequence[str]) -> None:
+    """Writes a page of HTML parts that opens from disk, whole or not at all; empty parts are left out."""
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name} · lmx</title><style>{STYLE}</style></head>\n<body>"
-        f"<header><h1>{name}</h1><p>{escape(_subtitle(settings))}</p></header>\n"
-        f"{content}\n</body></html>\n"
+        f"<title>{escape(title)} · lmx</title><style>{STYLE}</style></head>\n<body>"
+        f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>\n"
+        f"{chr(10).join(filter(None, parts))}\n</body></html>\n"
     )
-    path, beside = folder / "report.html", folder / "report.html.tmp"
+    beside = path.with_name(path.name + ".tmp")
     beside.write_text(page, encoding="utf-8")
     beside.replace(path)
-    return path
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import jax
-
 from lmx.generation.decode import generate
 from lmx.training.experiment import Experiment
 from lmx.training.optimizers import eval_params
@@ -15,12 +13,9 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a byte model writ
 
 
 def write_samples(workdir: Path, step: int, experiment: Experiment, state: TrainState) -> None:
-    """Appends ``train.samples`` continuations of ``train.sample_prompt`` to samples.txt.
-
-    Only decoders continue, and only where one process holds all of the parameters.
-    """
+    """Appends ``train.samples`` continuations of ``train.sample_prompt`` to samples.txt; only decoders continue."""
     train, model, tokenizer = experiment.config.train, experiment.config.model, experiment.tokenizer
-    if model.architecture != "decoder" or not train.samples or jax.process_count() > 1:
+    if model.architecture != "decoder" or not train.samples:
         return
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     prompt = [start, *tokenizer.encode(train.sample_prompt)]

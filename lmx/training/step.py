@@ -30,6 +30,7 @@ def make_train_step(
     microbatches: int = 1,
     seed: int = 0,
     axis_name: str | None = None,
+    offload: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds ``train_step(state, batch) -> (state, metrics)``.
 
@@ -44,6 +45,7 @@ def make_train_step(
       seed: of dropout and jitter.
       axis_name: the mapped axis when each device runs the step on its own rows (pmap); none when the whole
         batch is one array (jit over a mesh).
+      offload: the optimizer's state comes from the host's memory; the caller's output shardings send it back there.
 
     Returns:
       The step. Its metrics are pairs of sum and weight: the objective's terms (``loss`` among them), the experts'
@@ -74,7 +76,8 @@ def make_train_step(
         grads, terms = total((grads, terms))
         norm = optax.tree.norm(grads)
         grads = _filled(trainable, grads, jax.tree.map(jnp.zeros_like, state.params))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device) if offload else state.opt_state
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
         metrics = terms | {
             "grad_norm": (norm, jnp.ones(())),
             "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), jnp.ones(())),

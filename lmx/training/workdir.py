@@ -26,6 +26,7 @@ CHANGEABLE = (
     "train.max_rows_per_device",
     "data.num_workers",
     "model.remat",
+    "optimizer.offload",
     "mesh.",
     "eval.",
     "expect.",

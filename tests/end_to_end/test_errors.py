@@ -58,7 +58,7 @@ def test_a_mesh_that_does_not_fit_says_which_sizes_would(capsys, tmp_path):
 
 def test_a_batch_that_does_not_divide_is_not_changed(capsys, tmp_path):
     message = train_fails(capsys, tmp_path, "train.global_batch_size=12")
-    assert "train.global_batch_size (12) does not divide over mesh data x fsdp = 8" in message
+    assert "train.global_batch_size (12) does not divide over mesh data x fsdp x expert = 8" in message
     assert "8 or 16" in message
 
 

@@ -31,7 +31,7 @@ class Opened:
     report: object
 
 
-def opened(variant, folder, dtype=None, mesh=None, **changes):
+def opened(variant, folder, dtype=None, layout=None, **changes):
     theirs = zoo.make(variant)
     if dtype is not None:
         theirs = theirs.to(dtype)
@@ -39,7 +39,7 @@ def opened(variant, folder, dtype=None, mesh=None, **changes):
     config, tensors = read_config(folder), open_tensors(folder)
     _, head = head_of(family_of(config["model_type"]), config)
     model = dataclasses.replace(model_config(config, tensors, head.heads, theirs.config.num_labels), **changes)
-    params, report = load_params(folder, config, tensors, model, mesh)
+    params, report = load_params(folder, config, tensors, model, layout)
     return Opened(theirs, folder, model, params, report)
 
 

@@ -16,7 +16,7 @@ from lmx.interop.families import family_of, head_of
 from lmx.interop.files import open_tensors, write_tensors
 from lmx.interop.layouts import Weight
 from lmx.interop.pretrained import load_params, model_config, read_config
-from lmx.parallel.mesh import make_mesh
+from lmx.parallel.sharding import Layout
 from tests.interop import zoo
 from tests.interop.test_families import opened
 
@@ -172,7 +172,7 @@ def test_damaged_folders_are_told_apart(bert, tmp_path):
 )
 def test_a_mesh_gets_the_same_parameters(variant, axes, tmp_path):
     alone = opened(variant, tmp_path)
-    spread = opened(variant, tmp_path, mesh=make_mesh(Mesh(**axes)))
+    spread = opened(variant, tmp_path, layout=Layout.of(Mesh(**axes)))
     jax.tree.map(np.testing.assert_array_equal, spread.params, alone.params)
     kernels = [leaf for leaf in jax.tree.leaves(spread.params) if leaf.size > 1000]
     assert sum(leaf.addressable_shards[0].data.size < leaf.size for leaf in kernels) > len(kernels) / 2

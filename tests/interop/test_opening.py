@@ -18,7 +18,7 @@ from lmx.generation.decode import generate
 from lmx.interop.pretrained import is_pretrained
 from lmx.language_model import LanguageModel
 from lmx.models.transformer import Transformer
-from lmx.parallel.mesh import make_mesh
+from lmx.parallel.sharding import Layout, use_layout
 from lmx.text.tokenizers import ByteTokenizer
 from tests.interop import zoo
 from tests.interop.test_families import batch_of, opened
@@ -175,8 +175,8 @@ def test_a_hub_name_is_opened_from_the_cache_without_a_network(tmp_path, monkeyp
     ),
 )
 def test_a_step_and_a_generation_on_a_mesh(variant, tmp_path):
-    mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
-    alone, spread = opened(variant, tmp_path), opened(variant, tmp_path, mesh=mesh)
+    layout = Layout.of(Mesh(data=2, fsdp=2, tensor=2))
+    alone, spread = opened(variant, tmp_path), opened(variant, tmp_path, layout=layout)
     inputs = {name: np.repeat(value, 2, 0) for name, value in zoo.inputs(alone.theirs).items()}
     batch, head = batch_of(alone.model, inputs), f"{alone.model.heads[0]}_logits"
 
@@ -188,7 +188,7 @@ def test_a_step_and_a_generation_on_a_mesh(variant, tmp_path):
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(score)(params))
 
     expected = step(alone.params)
-    with jax.set_mesh(mesh):
+    with use_layout(layout):
         found = step(spread.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.device_get(found), expected)
     if variant in zoo.GENERATES:

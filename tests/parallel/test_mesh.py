@@ -1,16 +1,14 @@
 """The mesh and the split of the batch: derived, never guessed; what does not fit says what would."""
 
-import math
+import dataclasses
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from lmx.config import Mesh, Train
 from lmx.errors import ConfigError
-from lmx.parallel.mesh import make_mesh, split_batch
-from lmx.parallel.sharding import fit_spec
-
-P = jax.P
+from lmx.parallel.mesh import make_mesh, on_hardware, split_batch
 
 
 def test_minus_one_is_what_is_left():
@@ -24,10 +22,39 @@ def test_sizes_that_do_not_fit_say_which_would(sizes):
         make_mesh(sizes, jax.devices())
 
 
-@pytest.mark.parametrize("axis", ["sequence", "expert", "stage"])
-def test_axes_that_are_not_there_yet_are_refused_by_name(axis):
-    with pytest.raises(ConfigError, match=rf"mesh\.{axis}=2"):
-        make_mesh(Mesh(data=4, **{axis: 2}), jax.devices())
+def test_neighbours_on_the_tensor_axis_are_neighbours_of_the_machine():
+    mesh = make_mesh(Mesh(data=1, stage=2, fsdp=2, tensor=2), jax.devices())
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
+    assert [axis for axis, size in mesh.shape.items() if size > 1] == ["stage", "fsdp", "tensor"]
+
+
+H100 = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
+
+
+def test_sizes_for_a_kind_of_device_hold_there_alone_and_only_where_none_are_given():
+    config = Mesh(on=("v5p: fsdp=-1, tensor=4", "h100: data=-1, fsdp=8"))
+    assert on_hardware(config, jax.devices()[0]) == config
+    found = on_hardware(config, H100)
+    assert (found.data, found.fsdp, found.tensor) == (-1, 8, 1)
+    given = dataclasses.replace(config, tensor=2)
+    assert on_hardware(given, H100) == given
+    found = on_hardware(config, SimpleNamespace(device_kind="TPU v5p"))
+    assert (found.data, found.fsdp, found.tensor) == (1, -1, 4)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("h1000: fsdp=2", "'h1000: fsdp=2' is not KIND.*did you mean 'h100'"),
+        ("h100", "is not KIND"),
+        ("h100: fdsp=2", "'fdsp=2'.*did you mean 'fsdp'"),
+        ("h100: fsdp=0", "'fsdp=0'"),
+        ("h100: fsdp=-2", "'fsdp=-2'"),
+    ],
+)
+def test_a_wrong_entry_says_what_is_wrong(entry, message):
+    with pytest.raises(ConfigError, match=message):
+        on_hardware(Mesh(on=(entry,)), H100)
 
 
 @pytest.mark.parametrize("limit", [None, 1, 2, 3, 5, 8, 100])
@@ -45,13 +72,5 @@ def test_the_global_batch_is_the_invariant(rows, shards, limit):
 
 def test_a_batch_that_does_not_divide_names_sizes_that_do():
     mesh = make_mesh(Mesh(data=4, fsdp=2), jax.devices())
-    with pytest.raises(ConfigError, match=r"\(12\).*data x fsdp = 8.*8 or 16"):
+    with pytest.raises(ConfigError, match=r"\(12\).*data x fsdp x expert = 8.*8 or 16"):
         split_batch(Train(global_batch_size=12), mesh)
-
-
-def test_dimensions_that_do_not_divide_stay_whole():
-    mesh = make_mesh(Mesh(data=1, fsdp=4, tensor=2), jax.devices())
-    assert fit_spec(P("fsdp", "tensor"), (8, 6), mesh) == P(("fsdp",), ("tensor",))
-    assert fit_spec(P("fsdp", "tensor"), (6, 5), mesh) == P(None, None)
-    assert fit_spec(P(("data", "fsdp")), (8, 3), mesh) == P(("data", "fsdp"), None)
-    assert math.prod(mesh.shape.values()) == 8

@@ -1,6 +1,5 @@
 import importlib.util
 import json
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 
 from lmx.errors import CheckpointError
 from lmx.training import metrics
-from lmx.training.metrics import MetricsWriter, Throughput, peak_flops, read_metrics
+from lmx.training.metrics import MetricsWriter, Throughput, read_metrics
 
 
 def write(workdir, steps, resume_step=0):
@@ -102,23 +101,3 @@ def test_throughput_leaves_pauses_out(monkeypatch):
 
 def test_utilization_needs_a_known_device():
     assert set(Throughput(flops_per_token=100.0, peak=None).read()) == {"tokens_per_second"}
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5e", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA B200", 2.25e15),
-        ("cpu", None),
-    ],
-)
-def test_peak_flops_by_kind(kind, expected):
-    assert peak_flops(SimpleNamespace(device_kind=kind)) == expected

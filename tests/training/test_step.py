@@ -1,97 +1,19 @@
 """The one step gives the same numbers however it is compiled, split or laid out."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
-from lmx.config import Config, Data, Experts, Lora, Mesh, Model, Objective, Optimizer, Train
+from lmx.config import Experts, Lora, Mesh
 from lmx.models.transformer import Transformer
-from lmx.objectives import make_objective
-from lmx.parallel.compile import call_in_mesh
-from lmx.parallel.mesh import make_mesh, split_batch
-from lmx.parallel.sharding import put_batch
-from lmx.training.experiment import Experiment
+from lmx.parallel.sharding import Layout, put_batch, use_layout
 from lmx.training.initial import initial_state, state_layout
-from lmx.training.loop import compiled_eval_step, compiled_train_step
 from lmx.training.optimizers import make_schedule, trainable
 from lmx.training.step import loss_terms, make_train_step
 
-ROWS, LENGTH, STEPS = 8, 16, 3
-
-
-@dataclasses.dataclass
-class Ids:
-    """The part of a tokenizer that objectives ask for."""
-
-    vocab_size: int = 32
-    pad_id: int = 0
-    bos_id: int = 1
-    eos_id: int = 2
-    unk_id: int = 3
-    mask_id: int = 4
-    cls_id: int = 1
-    sep_id: int = 2
-    sentinel_ids: tuple = ()
-    special_ids: frozenset = frozenset(range(5))
-
-
-def make_config(architecture="decoder", **model):
-    objective = {"decoder": "causal", "encoder": "mlm", "encoder_decoder": "seq2seq"}[architecture]
-    heads = ("mlm",) if architecture == "encoder" else ("lm",)
-    settings = dict(num_layers=2, num_heads=4, embed_dim=32, mlp_dim=64, vocab_size=32, max_length=LENGTH)
-    return Config(
-        model=Model(architecture=architecture, heads=heads, **(settings | model)),
-        objective=Objective(name=objective),
-        data=Data(length=LENGTH, target_length=LENGTH),
-        train=Train(steps=STEPS, global_batch_size=ROWS),
-        optimizer=Optimizer(learning_rate=1e-2, warmup_steps=1),
-    )
-
-
-def make_batch(config, seed=0):
-    """Rows of unequal length, so that a mean of means would be wrong; two documents in each."""
-    rng = np.random.default_rng(seed)
-    lengths = np.linspace(LENGTH, 3, ROWS).astype(int)
-    filled = np.arange(LENGTH) < lengths[:, None]
-    segments = np.where(filled, 1 + (np.arange(LENGTH) >= lengths[:, None] // 2), 0)
-    batch = {}
-    for prefix in ("encoder_", "decoder_") if config.model.architecture == "encoder_decoder" else ("",):
-        batch |= {
-            f"{prefix}tokens": rng.integers(5, 32, (ROWS, LENGTH)) * filled,
-            f"{prefix}targets": rng.integers(5, 32, (ROWS, LENGTH)) * filled,
-            f"{prefix}segments": segments,
-            f"{prefix}positions": np.broadcast_to(np.arange(LENGTH), (ROWS, LENGTH)),
-        }
-        batch = {name: array.astype(np.int32) for name, array in batch.items()}
-        weights = filled & (rng.random(filled.shape) < 0.15) if config.objective.name == "mlm" else filled
-        batch[f"{prefix}weights"] = weights.astype(np.float32)
-    return batch
-
-
-def run(config, mesh_config=None, devices=1, strategy="pjit", **train):
-    """Parameters and metrics after a few steps."""
-    config = config.replace(train=train | {"strategy": strategy})
-    mesh = make_mesh(mesh_config or Mesh(), jax.devices()[:devices])
-    experiment = make_experiment(config, mesh)
-    optimizer = experiment.optimizer()
-    state, _ = initial_state(experiment, optimizer, None, Console(quiet=True))
-    train_step = compiled_train_step(experiment, optimizer, state)
-    eval_step = compiled_eval_step(experiment, jax.tree.map(lambda x: x.sharding, state.params))
-    history = []
-    for seed in range(STEPS):
-        state, metrics = train_step(state, put_batch(make_batch(config, seed), mesh))
-        history.append(jax.device_get(metrics))
-    history.append(jax.device_get(eval_step(state.params, put_batch(make_batch(config), mesh))))
-    return jax.device_get(state.params), history
-
-
-def make_experiment(config, mesh):
-    objective, split = make_objective(config, Ids()), split_batch(config.train, mesh)
-    return Experiment(config, config, Ids(), objective, Transformer(config.model), mesh, split)
+from .runs import STEPS, make_batch, make_config, make_experiment, run
 
 
 def assert_same(found, expected):
@@ -148,7 +70,7 @@ def test_every_strategy_gives_the_same_numbers(strategy, devices):
 
 def test_what_is_frozen_costs_no_gradient_and_the_rest_moves_as_before():
     config = ARCHITECTURES["adapters"]
-    experiment = make_experiment(config, make_mesh(Mesh(), jax.devices()[:1]))
+    experiment = make_experiment(config, Layout.of(Mesh(), jax.devices()[:1]))
     optimizer, schedule = experiment.optimizer(), make_schedule(config.optimizer, STEPS)
     state, _ = initial_state(experiment, optimizer, None, Console(quiet=True))
     batch = jax.tree.map(jnp.asarray, make_batch(config))
@@ -196,16 +118,17 @@ def test_the_loss_is_the_mean_over_tokens_not_over_rows():
 
 def test_constraints_and_shardings_reach_the_program():
     config = ARCHITECTURES["decoder"]
-    mesh = make_mesh(Mesh(2, 2, 2), jax.devices())
-    experiment = make_experiment(config, mesh)
+    layout = Layout.of(Mesh(2, 2, 2), jax.devices())
+    experiment = make_experiment(config, layout)
     schedule = make_schedule(config.optimizer, STEPS)
     step = make_train_step(experiment.model, experiment.objective, experiment.optimizer(), schedule)
-    layout = state_layout(experiment)
-    batch = put_batch(make_batch(config), mesh)
-    text = call_in_mesh(lambda: jax.jit(step).lower(layout, batch).as_text(), mesh)
+    state = state_layout(experiment)
+    batch = put_batch(make_batch(config), layout.mesh)
+    with use_layout(layout):
+        text = jax.jit(step).lower(state, batch).as_text()
     assert text.count("sdy.sharding_constraint") >= 4
-    query = layout.params["decoder"]["layers"]["block_0"]["attention"]["query"]["kernel"]
+    query = state.params["decoder"]["layers"]["block_0"]["attention"]["query"]["kernel"]
     assert query.sharding.spec == jax.P(None, ("fsdp",), ("tensor",), None)
     # Two moments each of query, key and value, which have one shape.
-    moments = [x for x in jax.tree.leaves(layout.opt_state) if x.shape == query.shape]
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == query.shape]
     assert len(moments) == 6 and all(x.sharding == query.sharding for x in moments)

@@ -1,0 +1,136 @@
+"""Which change would make a run fit, and which mesh would make it fast: found by planning them."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from lmx.config import Config, to_dict
+from lmx.errors import LmxError
+from lmx.model_config import layer_period
+from lmx.parallel.mesh import AXES
+from lmx.planning.plan import Plan, make_plan
+from lmx.planning.program import abstract_experiment
+from lmx.planning.targets import Target
+
+MOST_TENSOR = 16  # beyond, a device's part of a matrix product is too thin to be worth its collectives
+CANDIDATES = 6  # compiled, of all that are ranked
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A way to run the same experiment: the same batch, the same curve."""
+
+    fields: dict[str, object]
+    config: Config
+
+    def __str__(self) -> str:
+        return " ".join(f"--config.{name}={value}" for name, value in self.fields.items())
+
+
+def first_that_fits(config: Config, target: Target) -> tuple[Change, Plan] | None:
+    """The least change with which the run fits, verified by compiling it; none where none of those tried does.
+
+    Tried in this order, each on top of the ones before: recomputing all of a layer, fewer rows at once, the optimizer's
+    state in the hosts' memory, all devices along fsdp, and along fsdp and tensor.
+    """
+    for change in remedies(config, target):
+        try:
+            plan = make_plan(change.config, target)
+        except LmxError:
+            continue
+        if plan.memory.fits:
+            return change, plan
+    return None
+
+
+def remedies(config: Config, target: Target) -> Iterator[Change]:
+    """Changes that lower memory, the cheapest first."""
+    fields: dict[str, object] = {}
+    experiment = abstract_experiment(config, target)
+    if config.model.remat != "full":
+        fields["model.remat"] = "full"
+        yield _changed(config, fields)
+    rows = experiment.split.rows_per_device
+    smaller = [n for n in _divisors(rows) if n < rows and n >= experiment.mesh.shape["stage"]]
+    for n in sorted({smaller[len(smaller) // 2], smaller[0]} if smaller else (), reverse=True):
+        fields["train.max_rows_per_device"] = n
+        yield _changed(config, fields)
+    if not config.optimizer.offload and target.hardware is not None:
+        yield _changed(config, fields | {"optimizer.offload": True})
+    devices, batch = len(target.devices), config.train.global_batch_size
+    for tensor in (1, 2, 4, 8, 16):
+        fsdp = devices // tensor
+        if tensor * fsdp == devices and batch % fsdp == 0 and tensor <= max(1, config.model.num_heads):
+            sizes = dict.fromkeys(AXES, 1) | {"fsdp": fsdp, "tensor": tensor}
+            yield _changed(config, fields | {f"mesh.{axis}": size for axis, size in sizes.items()})
+
+
+def search(config: Config, target: Target, remats: tuple[str, ...] = ("none", "dots_no_batch", "full")) -> list[Plan]:
+    """Mesh shapes and remat policies, compiled and ranked: what fits first, then the shortest step.
+
+    Every mesh that the model's and the batch's sizes allow is ranked by its estimated communication; the best few are
+    compiled with each policy.
+    """
+    plans = []
+    for sizes in sorted(meshes(config, len(target.devices)), key=lambda sizes: estimated_bytes(config, sizes))[
+        :CANDIDATES
+    ]:
+        for remat in remats:
+            fields = {f"mesh.{axis}": size for axis, size in sizes.items()} | {"model.remat": remat}
+            try:
+                plans.append(make_plan(_changed(config, fields).config, target))
+            except LmxError:
+                continue
+    return sorted(plans, key=lambda plan: (not plan.memory.fits, plan.times.step if plan.times else 0.0))
+
+
+def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
+    """Every product of axes that the sizes of model and batch allow."""
+    model, batch = config.model, config.train.global_batch_size
+    groups = model.num_layers // layer_period(model) if model.scan_layers else 1
+    for tensor in (n for n in _divisors(devices) if n <= MOST_TENSOR and model.num_heads % n == 0):
+        for stage in (n for n in _divisors(devices // tensor) if groups % n == 0):
+            for expert in _divisors(devices // tensor // stage):
+                if expert > 1 and (model.experts.num_experts == 0 or model.experts.num_experts % expert):
+                    continue
+                fsdp = devices // tensor // stage // expert
+                if batch % (fsdp * expert * stage) == 0:
+                    yield dict.fromkeys(AXES, 1) | {"tensor": tensor, "stage": stage, "expert": expert, "fsdp": fsdp}
+
+
+def estimated_bytes(config: Config, sizes: dict[str, int]) -> float:
+    """Bytes that a device sends in a step, roughly: weights to and fro along fsdp, activations along tensor and stage.
+
+    Idle stages count as if what the others send took so much longer.
+    """
+    model, train = config.model, config.train
+    dense = 12 * model.num_layers * model.embed_dim**2
+    shards = sizes["fsdp"] * sizes["expert"] * sizes["data"]
+    tokens = train.global_batch_size * config.data.length / shards
+    rows = train.global_batch_size // shards
+    microbatches = max(1, math.ceil(rows / (train.max_rows_per_device or rows)))
+    weights = 3 * 2 * dense / (sizes["tensor"] * sizes["stage"]) * microbatches if shards > 1 else 0.0
+    activation = 2 * tokens * model.embed_dim
+    tensor = 8 * activation * model.num_layers / sizes["stage"] * (sizes["tensor"] > 1)
+    experts = 4 * activation * model.num_layers / model.experts.every * (sizes["expert"] > 1)
+    bubble = (sizes["stage"] - 1) / (5 * sizes["stage"] - 1)
+    return (weights + tensor + experts + 4 * activation * (sizes["stage"] > 1)) / (1 - bubble) + bubble * 1e12
+
+
+def _changed(config: Config, fields: dict[str, object]) -> Change:
+    sections: dict[str, dict] = {}
+    for name, value in fields.items():
+        section, _, field = name.partition(".")
+        sections.setdefault(section, {})[field] = value
+    return Change(dict(fields), config.replace(**sections))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def describe(plan: Plan) -> str:
+    """The mesh and policy of a plan, as flags."""
+    sizes = {axis: size for axis, size in plan.program.experiment.mesh.shape.items()}
+    fields = {f"mesh.{axis}": size for axis, size in sizes.items() if size > 1 or axis == "data"}
+    return str(Change(fields | {"model.remat": to_dict(plan.config)["model"]["remat"]}, plan.config))

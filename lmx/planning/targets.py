@@ -1,0 +1,155 @@
+"""The devices that a plan is for: of a TPU topology, of GPU nodes, or of this machine."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import jax
+
+from lmx.errors import ConfigError, missing_extra, nearest
+from lmx.parallel.hardware import HARDWARE, Hardware, hardware_of
+
+HERE = "here"
+# What XLA's GPU compiler has to be told of a card that is not there (GpuTargetConfigProto), by compute capability: SMs,
+# FP32 lanes of an SM, shared memory of an SM, of a block and L2 cache in bytes, clock in GHz. From NVIDIA's whitepapers
+# and table 27 of the CUDA C++ programming guide.
+CARDS = {
+    "a100": ((8, 0), 108, 64, 167936, 166912, 41943040, 1.41),
+    "h100": ((9, 0), 132, 128, 233472, 232448, 52428800, 1.98),
+    "h200": ((9, 0), 132, 128, 233472, 232448, 62914560, 1.98),
+    "b200": ((10, 0), 148, 128, 233472, 232448, 132120576, 1.96),
+}
+CARD = """gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared_core}
+  threads_per_core_limit: 2048
+  core_count: {cores}
+  fpus_per_core: {lanes}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth:.0f}
+  l2_cache_size: {l2}
+  clock_rate_ghz: {clock}
+  device_memory_size: {memory:.0f}
+  shared_memory_per_block_optin: {shared_block}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a plan is for.
+
+    Attributes:
+      name: as it was asked for.
+      devices: to build a mesh of; they can be compiled for, and not computed on unless they are this machine's.
+      hardware: what one of them can do; none where that is not known (a CPU).
+    """
+
+    name: str
+    devices: tuple[jax.Device, ...]
+    hardware: Hardware | None
+
+
+def open_target(name: str) -> Target:
+    """The devices that ``name`` says: ``here``, ``v5p:8x8x16`` (chips along each dimension of the torus), ``h100:64``.
+
+    Raises:
+      ConfigError: there is no such kind of device, or the number or shape is not one.
+      LmxError: the compiler for it is not installed; it names the extra.
+    """
+    if name == HERE:
+        devices = tuple(jax.devices())
+        return Target(name, devices, hardware_of(devices[0]))
+    kind, _, size = name.partition(":")
+    hardware = next((one for one in HARDWARE if one.name == kind), None)
+    if hardware is None:
+        raise ConfigError(
+            f"--devices {name!r} is no kind of device{nearest(kind, [one.name for one in HARDWARE] + [HERE])}. Write "
+            "v5p:8x8x16, h100:8 or here."
+        )
+    shape = r"[1-9]\d*(x[1-9]\d*){1,2}" if hardware.is_tpu else r"[1-9]\d*"
+    if not re.fullmatch(shape, size):
+        example = "chips along each dimension, as in v5e:4x4 or v5p:8x8x16" if hardware.is_tpu else "as in h100:64"
+        raise ConfigError(f"--devices {name!r} lacks how many devices there are: {example}.")
+    if not hardware.is_tpu and (int(size) > hardware.node and int(size) % hardware.node):
+        raise ConfigError(f"--devices {name!r}: {kind} comes in nodes of {hardware.node}; use a multiple of it.")
+    devices = _tpu_devices(name) if hardware.is_tpu else _gpu_devices(hardware, int(size))
+    return Target(name, tuple(devices), hardware)
+
+
+def can_compile(hardware: Hardware) -> bool:
+    """Whether the compiler for such devices is installed."""
+    package = "libtpu" if hardware.is_tpu else "jax_cuda13_plugin"
+    return importlib.util.find_spec(package) is not None
+
+
+def _tpu_devices(name: str) -> list[jax.Device]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise missing_extra("libtpu", "plan", f"compiling for {name} (Python 3.12 or later)")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    try:
+        with quiet():
+            return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--devices {name!r} is not a topology that the TPU compiler knows: {reason}") from error
+
+
+def _gpu_devices(hardware: Hardware, count: int) -> list[jax.Device]:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise missing_extra("jax-cuda13-plugin", "gpu", f"compiling for {hardware.name}")
+    from jax.experimental import topologies
+
+    (major, minor), cores, lanes, shared_core, shared_block, l2, clock = CARDS[hardware.name]
+    card = CARD.format(
+        major=major,
+        minor=minor,
+        cores=cores,
+        lanes=lanes,
+        shared_core=shared_core,
+        shared_block=shared_block,
+        l2=l2,
+        clock=clock,
+        bandwidth=hardware.memory_bandwidth,
+        memory=hardware.memory,
+        name=f"NVIDIA {hardware.name.upper()}",
+    )
+    each = min(count, hardware.node)
+    with quiet():
+        topology = topologies.get_topology_desc(
+            hardware.name, platform="cuda", target_config=card, topology=f"1x{math.ceil(count / each)}x{each}"
+        )
+    return topology.devices
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what compilers write to the standard error of the process itself away from the terminal."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as noise:
+        os.dup2(noise.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -1,0 +1,29 @@
+"""The table of devices: each kind that JAX names is found, and no other."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lmx.parallel.hardware import hardware_of
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+    ],
+)
+def test_kinds_are_told_apart(kind, name):
+    assert hardware_of(SimpleNamespace(device_kind=kind)).name == name
+
+
+def test_a_cpu_is_not_known():
+    assert hardware_of(SimpleNamespace(device_kind="cpu")) is None
