@@ -26,6 +26,7 @@ class Hardware:
         torus (TPU), or to all others of its node (GPU).
       network_bandwidth: bytes a second that a device sends beyond its torus or node.
       node: devices that share the fast links; 0: all of a topology (TPU).
+      per_chip: devices of a chip.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Hardware:
     link_bandwidth: float
     network_bandwidth: float
     node: int = 0
+    per_chip: int = 1
 
     @property
     def is_tpu(self) -> bool:
@@ -48,7 +50,7 @@ HARDWARE = (
     Hardware("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 50e9, 3.1e9),
     Hardware("v5p", ("TPU v5",), 459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9),  # the one that is not "lite"
     Hardware("v6e", ("TPU v6",), 918e12, 31.25 * GIB, 1638e9, 100e9, 12.5e9),
-    Hardware("tpu7x", ("TPU7x", "TPU v7"), 1153.5e12, 94.75 * GIB, 3690e9, 100e9, 12.5e9),  # half a chip
+    Hardware("tpu7x", ("TPU7x", "TPU v7"), 1153.5e12, 94.75 * GIB, 3690e9, 100e9, 12.5e9, per_chip=2),
     Hardware("a100", ("A100",), 312e12, 80e9, 2039e9, 300e9, 25e9, node=8),
     Hardware("h100", ("H100",), 989.4e12, 80e9, 3352e9, 450e9, 50e9, node=8),
     Hardware("h200", ("H200",), 989.4e12, 141e9, 4800e9, 450e9, 50e9, node=8),

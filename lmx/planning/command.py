@@ -33,15 +33,16 @@ def plan(
       ranked: try mesh shapes and remat policies, and show the best.
 
     Raises:
-      LmxError: the config does not fit the devices, or there is no compiler for them.
+      LmxError: the config does not fit the devices, or the compiler for them fails.
     """
     target = open_target(devices)
     if ranked:
-        found = search(config, target)
+        with console.status("compiling mesh shapes …") as status:
+            found = search(config, target, told=status.update)
         for number, one in enumerate(found, start=1):
-            seconds = f"{one.times.step:8.3f} s" if one.times and one.program.compiled else " " * 10
+            seconds = f"{one.times.step:8.3f} s" if one.times and not one.program.error else " " * 10
             console.print(f"{number:>3}. {seconds}  {verdict(one)}  {describe(one)}", highlight=False, soft_wrap=True)
-    with console.status(f"compiling for {devices} …"):
+    with console.status(f"{'estimating' if target.lacks else 'compiling'} for {devices} …"):
         chosen = found[0] if ranked and found else make_plan(config, target)
     print_plan(chosen, console)
     extra = []

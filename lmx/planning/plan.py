@@ -3,24 +3,28 @@
 Conventions. A FLOP count is that of :func:`lmx.models.flops.forward_flops` (a multiply-add is two; of a causal row's
 attention the half that is seen; lookups nothing), and training is three times it. Memory is what the compiler says of
 the whole program; the part of it that is gradients is computed from the parameters, the part that is activations from
-what differentiation keeps, spread evenly over the devices. Times are roofs: the FLOPs at the device's peak, the bytes
-that memory must move at its bandwidth, and what the compiled program sends at the links' bandwidth, each as if it
-were alone. The longest bounds the step.
+what differentiation keeps, spread evenly over the devices. Where there is no compiler for the devices, temporaries and
+what is sent are estimated (:mod:`lmx.planning.estimates`), and whatever shows the plan says so. Times are roofs: the
+FLOPs at the device's peak, the bytes that memory must move at its bandwidth, and what the program sends at the links'
+bandwidth, each as if it were alone. The longest bounds the step.
 """
 
 import dataclasses
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from lmx.config import Config
 from lmx.models.flops import forward_flops
 from lmx.models.heads import num_params
+from lmx.models.transformer import Transformer
 from lmx.parallel.hardware import Hardware
 from lmx.parallel.pipeline import stage_microbatches
 from lmx.planning.collectives import Collective, find_collectives
-from lmx.planning.program import Program, boxed_params, compile_program, num_bytes
+from lmx.planning.estimates import estimated_collectives, estimated_temporaries
+from lmx.planning.program import Program, compile_program, num_bytes
 from lmx.planning.targets import Target
 from lmx.training.experiment import Experiment
 from lmx.training.optimizers import trainable
@@ -48,7 +52,7 @@ class Memory:
       gradients: float32, laid out as the parameters that are trained.
       activations: what the forward pass keeps for the backward pass, of the rows computed at once.
       temporaries: whatever else the compiled program needs at its peak.
-      total: of the compiled program; none where it could not be compiled.
+      total: of the compiled program, or the sum of the parts where there is no compiler; none if it does not compile.
       capacity: of the device; none where that is not known.
     """
 
@@ -105,7 +109,7 @@ class Plan:
       parameters: numbers by part of the model.
       flops_per_token: forward; training is three times that.
       tokens: of a global batch.
-      collectives: of the compiled program.
+      collectives: of the compiled program, or estimated where there is no compiler.
       times: none where the devices' speeds are not known.
     """
 
@@ -141,36 +145,52 @@ def make_plan(config: Config, target: Target) -> Plan:
     """
     program = compile_program(config, target)
     experiment = program.experiment
-    lengths = experiment.objective.lengths
-    source, target_length = lengths.get("encoder_tokens", 0), lengths.get("decoder_tokens") or lengths["tokens"]
-    tokens = config.train.global_batch_size * (source + target_length)
-    flops_per_token = forward_flops(experiment.config.model, target_length, source) / (source + target_length)
-    collectives = find_collectives(program.compiled.as_text(), experiment.mesh) if program.compiled else []
-    kept = kept_activations(experiment, program.batch)
-    memory = _memory(program, target, kept)
+    tokens, flops_per_token = tokens_and_flops(experiment)
+    parameters, kept = count_parts(experiment.abstract_params()), kept_activations(experiment, program.batch)
+    memory = _memory(program, target, kept, parameters)
+    collectives = []
+    if program.compiled is not None:
+        collectives = find_collectives(program.compiled.as_text(), experiment.mesh)
+    elif target.lacks:
+        sizes = experiment.mesh.shape
+        collectives = estimated_collectives(config, parameters, sizes, tokens, experiment.split.microbatches)
     times = target.hardware and _times(program, target.hardware, 3 * flops_per_token * tokens, kept, collectives)
-    parameters = count_parts(experiment)
     return Plan(config, target, program, parameters, flops_per_token, tokens, memory, collectives, times)
 
 
-def count_parts(experiment: Experiment) -> dict[str, int]:
-    """Parameters by part of the model."""
+def tokens_and_flops(experiment: Experiment) -> tuple[int, float]:
+    """Tokens of a global batch, and FLOPs of the forward pass for each."""
+    lengths = experiment.objective.lengths
+    source, target = lengths.get("encoder_tokens", 0), lengths.get("decoder_tokens") or lengths["tokens"]
+    tokens = experiment.config.train.global_batch_size * (source + target)
+    return tokens, forward_flops(experiment.config.model, target, source) / (source + target)
+
+
+def count_parts(params: Any) -> dict[str, int]:
+    """Parameters by part of the model, from the tree of them or of their shapes."""
     counts: dict[str, int] = {}
-    for place, _, shape, _ in boxed_params(experiment):
-        part = next((PARTS[module] for module in place.split("/") if module in PARTS), "norms")
-        counts[part] = counts.get(part, 0) + math.prod(shape)
+    for path, leaf in jax.tree.leaves_with_path(nn.meta.unbox(params)):
+        part = next((PARTS[key.key] for key in path if key.key in PARTS), "norms")
+        counts[part] = counts.get(part, 0) + math.prod(leaf.shape)
     return counts
 
 
-def kept_activations(experiment: Experiment, batch: dict[str, jax.ShapeDtypeStruct]) -> float:
-    """Bytes that differentiation keeps of the rows that are computed at once, over all devices together."""
+def kept_activations(
+    experiment: Experiment, batch: dict[str, jax.ShapeDtypeStruct], model: Transformer | None = None
+) -> float:
+    """Bytes that differentiation keeps of the rows that are computed at once, over all devices together.
+
+    Args:
+      model: in place of the experiment's own.
+    """
+    model = model or experiment.model
     rows = experiment.split.shards * experiment.split.rows_per_device
     part = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment_params(experiment))
+    params = nn.meta.unbox(experiment.abstract_params())
 
     def backward(params: Any, batch: Any) -> Any:
         def loss(params: Any) -> jax.Array:
-            terms = loss_terms(experiment.model, experiment.objective, params, batch, step_rngs(0, 0))
+            terms = loss_terms(model, experiment.objective, params, batch, step_rngs(0, 0))
             return sum(terms[name][0] for name in experiment.objective.optimized)
 
         return jax.vjp(loss, params)[1]
@@ -180,14 +200,7 @@ def kept_activations(experiment: Experiment, batch: dict[str, jax.ShapeDtypeStru
     return float(sum(x.size * x.dtype.itemsize for x in kept if hasattr(x.dtype, "itemsize")))
 
 
-def experiment_params(experiment: Experiment) -> Any:
-    """Shapes of the parameters, without the names of their axes."""
-    import flax.linen as nn
-
-    return nn.meta.unbox(experiment.abstract_params())
-
-
-def _memory(program: Program, target: Target, kept: float) -> Memory:
+def _memory(program: Program, target: Target, kept: float, parts: dict[str, int]) -> Memory:
     state, experiment = program.state, program.experiment
     mask = trainable(experiment.config.optimizer, state.params)
     trained = [leaf for leaf, on in zip(*map(jax.tree.leaves, (state.params, mask)), strict=True) if on]
@@ -202,6 +215,11 @@ def _memory(program: Program, target: Target, kept: float) -> Memory:
         gradients = min(gradients, rest)  # a compiler may use each gradient as soon as it has it
         activations = min(activations, rest - gradients)
         temporaries = rest - gradients - activations
+    elif target.lacks:
+        unsaved = Transformer(dataclasses.replace(experiment.model.config, remat="none"))
+        every = kept_activations(experiment, program.batch, unsaved) / experiment.mesh.size
+        temporaries = estimated_temporaries(experiment.config, parts, experiment.mesh.shape, every)
+        total = parameters + optimizer + batch + gradients + activations + temporaries
     capacity = target.hardware and target.hardware.memory * (1 if target.hardware.is_tpu else GPU_FRACTION)
     return Memory(parameters, optimizer, batch, gradients, activations, temporaries, total, capacity)
 

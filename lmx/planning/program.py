@@ -33,15 +33,15 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Ran out of memory", "Out of memory", "ou
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled train step.
+    """A train step, compiled where there is a compiler for it.
 
     Attributes:
       experiment: with a stand-in for the tokenizer: the vocabulary is the config's, and no text is read.
       state: shapes and shardings of the training state.
       batch: shapes and shardings of a global batch.
-      compiled: none where the compiler found that it does not fit.
+      compiled: none where the compiler found that it does not fit, or where there is no compiler.
       seconds: that compiling took.
-      error: what the compiler said where it does not fit.
+      error: what the compiler said where it does not fit; empty otherwise.
     """
 
     experiment: Experiment
@@ -89,7 +89,7 @@ def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def compile_program(config: Config, target: Target) -> Program:
-    """Compiles the train step of ``config`` for ``target``.
+    """Compiles the train step of ``config`` for ``target``, if there is a compiler for it.
 
     Raises:
       ConfigError: the config does not fit the devices.
@@ -97,6 +97,8 @@ def compile_program(config: Config, target: Target) -> Program:
     """
     experiment = abstract_experiment(config, target)
     state, batch = state_layout(experiment), abstract_batch(experiment)
+    if target.lacks:
+        return Program(experiment, state, batch, None, 0.0)
     step = compiled_train_step(experiment, experiment.optimizer(), state)
     start, compiled, failed = time.perf_counter(), None, ""
     try:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 from lmx.config import Config, to_dict
 from lmx.errors import LmxError
 from lmx.model_config import layer_period
 from lmx.parallel.mesh import AXES
-from lmx.planning.plan import Plan, make_plan
+from lmx.parallel.pipeline import MICROBATCHES_A_STAGE
+from lmx.planning.estimates import estimated_collectives
+from lmx.planning.plan import Plan, bandwidth, count_parts, make_plan, tokens_and_flops
 from lmx.planning.program import abstract_experiment
 from lmx.planning.targets import Target
 
@@ -62,26 +65,59 @@ def remedies(config: Config, target: Target) -> Iterator[Change]:
         fsdp = devices // tensor
         if tensor * fsdp == devices and batch % fsdp == 0 and tensor <= max(1, config.model.num_heads):
             sizes = dict.fromkeys(AXES, 1) | {"fsdp": fsdp, "tensor": tensor}
-            yield _changed(config, fields | {f"mesh.{axis}": size for axis, size in sizes.items()})
+            yield _changed(config, fields | _mesh_fields(sizes))
 
 
-def search(config: Config, target: Target, remats: tuple[str, ...] = ("none", "dots_no_batch", "full")) -> list[Plan]:
+def search(
+    config: Config,
+    target: Target,
+    remats: tuple[str, ...] = ("none", "dots_no_batch", "full"),
+    told: Callable[[str], None] = lambda what: None,
+) -> list[Plan]:
     """Mesh shapes and remat policies, compiled and ranked: what fits first, then the shortest step.
 
-    Every mesh that the model's and the batch's sizes allow is ranked by its estimated communication; the best few are
-    compiled with each policy.
+    Every mesh that the model's and the batch's sizes allow is ranked by its estimated step; the best few are compiled
+    with each policy.
+
+    Args:
+      told: is given what is being compiled.
     """
     plans = []
-    for sizes in sorted(meshes(config, len(target.devices)), key=lambda sizes: estimated_bytes(config, sizes))[
-        :CANDIDATES
-    ]:
+    for sizes in ranked_meshes(config, target)[:CANDIDATES]:
         for remat in remats:
-            fields = {f"mesh.{axis}": size for axis, size in sizes.items()} | {"model.remat": remat}
+            change = _changed(config, _mesh_fields(sizes) | {"model.remat": remat})
+            told(f"{change} …")
             try:
-                plans.append(make_plan(_changed(config, fields).config, target))
+                plans.append(make_plan(change.config, target))
             except LmxError:
                 continue
     return sorted(plans, key=lambda plan: (not plan.memory.fits, plan.times.step if plan.times else 0.0))
+
+
+def ranked_meshes(config: Config, target: Target) -> list[dict[str, int]]:
+    """The meshes that are possible, the one with the shortest estimated step first."""
+    found = list(meshes(config, len(target.devices)))
+    if not found:
+        return []
+    experiment = abstract_experiment(_changed(config, _mesh_fields(found[0])).config, target)
+    parameters, (tokens, flops) = count_parts(experiment.abstract_params()), tokens_and_flops(experiment)
+    hardware = target.hardware
+
+    def estimate(sizes: dict[str, int]) -> float:
+        """Seconds, or where the devices' speeds are not known, bytes sent."""
+        rows = config.train.global_batch_size // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+        parts = math.ceil(rows / (config.train.max_rows_per_device or rows))
+        sent = estimated_collectives(experiment.config, parameters, sizes, tokens, parts)
+        if hardware is None:
+            step = sum(one.sent for one in sent)
+        else:
+            mesh = SimpleNamespace(axis_names=AXES, shape=sizes)
+            network = sum(one.sent / bandwidth(one, mesh, hardware) for one in sent)
+            step = max(network, 3 * flops * tokens / (len(target.devices) * hardware.peak_flops))
+        stages = sizes["stage"]
+        return step * (1 + (stages - 1) / (MICROBATCHES_A_STAGE * stages))
+
+    return sorted(found, key=estimate)
 
 
 def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
@@ -98,23 +134,8 @@ def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
                     yield dict.fromkeys(AXES, 1) | {"tensor": tensor, "stage": stage, "expert": expert, "fsdp": fsdp}
 
 
-def estimated_bytes(config: Config, sizes: dict[str, int]) -> float:
-    """Bytes that a device sends in a step, roughly: weights to and fro along fsdp, activations along tensor and stage.
-
-    Idle stages count as if what the others send took so much longer.
-    """
-    model, train = config.model, config.train
-    dense = 12 * model.num_layers * model.embed_dim**2
-    shards = sizes["fsdp"] * sizes["expert"] * sizes["data"]
-    tokens = train.global_batch_size * config.data.length / shards
-    rows = train.global_batch_size // shards
-    microbatches = max(1, math.ceil(rows / (train.max_rows_per_device or rows)))
-    weights = 3 * 2 * dense / (sizes["tensor"] * sizes["stage"]) * microbatches if shards > 1 else 0.0
-    activation = 2 * tokens * model.embed_dim
-    tensor = 8 * activation * model.num_layers / sizes["stage"] * (sizes["tensor"] > 1)
-    experts = 4 * activation * model.num_layers / model.experts.every * (sizes["expert"] > 1)
-    bubble = (sizes["stage"] - 1) / (5 * sizes["stage"] - 1)
-    return (weights + tensor + experts + 4 * activation * (sizes["stage"] > 1)) / (1 - bubble) + bubble * 1e12
+def _mesh_fields(sizes: dict[str, int]) -> dict[str, object]:
+    return {f"mesh.{axis}": size for axis, size in sizes.items()}
 
 
 def _changed(config: Config, fields: dict[str, object]) -> Change:

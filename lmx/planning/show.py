@@ -43,7 +43,7 @@ def rows_of(plan: Plan) -> list[dict]:
     for one in plan.collectives:
         name = f"collectives/{one.kind}/{'+'.join(one.axes)}"
         rows += [(f"{name}/sent", one.sent, "bytes"), (f"{name}/count", one.count, "calls")]
-    if times is not None and program.compiled is not None:
+    if times is not None and not program.error:
         rows += [(f"seconds/{name}", getattr(times, name), "s") for name in ("matmul", "memory", "network", "step")]
         rows += [
             ("bubble", times.bubble, "fraction"),
@@ -56,8 +56,13 @@ def rows_of(plan: Plan) -> list[dict]:
 
 def write_json(path: str | Path, plan: Plan, extra: Sequence[dict] = ()) -> None:
     """Writes the plan's rows, and ``extra`` ones, to a file."""
-    limit = plan.times.limit if plan.times and plan.program.compiled else None
-    contents = {"target": plan.target.name, "limit": limit, "rows": [*rows_of(plan), *extra]}
+    limit = plan.times.limit if plan.times and not plan.program.error else None
+    contents = {
+        "target": plan.target.name,
+        "compiled": not plan.target.lacks,
+        "limit": limit,
+        "rows": [*rows_of(plan), *extra],
+    }
     write_text(Path(path), json.dumps(contents, indent=2) + "\n")
 
 
@@ -69,7 +74,7 @@ def parts_of(memory: Memory) -> dict[str, float]:
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Prints the plan as tables."""
-    experiment, memory, times = plan.program.experiment, plan.memory, plan.times
+    experiment, times = plan.program.experiment, plan.times
     axes = " x ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items() if size > 1) or "one device"
     kind = experiment.mesh.devices.flat[0].device_kind
     total = sum(plan.parameters.values())
@@ -77,16 +82,17 @@ def print_plan(plan: Plan, console: Console) -> None:
     lines = {
         "devices": f"{experiment.mesh.size} x {kind} ({axes})",
         "parameters": f"{total:,} ({parts})",
-        "FLOPs a token": f"{plan.flops_per_token:.3e} forward, {3 * plan.flops_per_token:.3e} training",
+        "FLOPs a token": f"{plan.flops_per_token:.3e} forward, {3 * plan.flops_per_token:.3e} training (a multiply-add "
+        "is two; of causal attention the half that is seen; lookups in embeddings nothing)",
         "batch": f"{plan.tokens:,} tokens; {experiment.split}",
-        "compiled": f"in {plan.program.seconds:.1f} s",
+        "compiled": f"in {plan.program.seconds:.1f} s" if not plan.target.lacks else _not_compiled(plan),
     }
     for name, value in lines.items():
         console.print(f"[bold]{name:>13}[/]  {value}", highlight=False, soft_wrap=True)
-    console.print(_memory_table(memory))
+    console.print(_memory_table(plan))
     if plan.collectives:
         console.print(_collective_table(plan))
-    if times is not None and plan.program.compiled is not None:
+    if times is not None and not plan.program.error:
         console.print(
             f"[bold]{'a step':>13}[/]  at least {_seconds(times.step)}: matrix products {_seconds(times.matmul)}, "
             f"memory {_seconds(times.memory)}, network {_seconds(times.network)}, pipeline idle {times.bubble:.1%}",
@@ -106,7 +112,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 def verdict(plan: Plan) -> str:
     """Whether it fits, in words."""
     memory = plan.memory
-    if plan.program.compiled is None:
+    if plan.program.error:
         return f"[bold red]does not fit[/]: {_reason(plan.program.error)}"
     if memory.fits is None:
         return f"{_gib(memory.total)} a device; what {plan.target.name} holds is not known"
@@ -141,13 +147,21 @@ def write_html(path: str | Path, plan: Plan) -> None:
     write_page(Path(path), f"{plan.target.name}: {experiment.mesh.size} devices", axes, parts)
 
 
-def _memory_table(memory: Memory) -> Table:
+def _not_compiled(plan: Plan) -> str:
+    return (
+        f"[yellow]no[/]: the compiler for {plan.target.name} is not installed (pip install 'lmx\\[{plan.target.lacks}]'"
+        "); temporaries, collectives and times are estimated by formula"
+    )
+
+
+def _memory_table(plan: Plan) -> Table:
+    memory, whole = plan.memory, "estimated" if plan.target.lacks else "as compiled"
     table = Table("memory of a device", "GiB", box=None, header_style="bold")
     table.columns[1].justify = "right"
     for name, value in parts_of(memory).items():
         table.add_row(name, f"{value / GIB:.3f}")
     if memory.total is not None:
-        table.add_row("[bold]as compiled[/]", f"[bold]{memory.total / GIB:.3f}[/]")
+        table.add_row(f"[bold]{whole}[/]", f"[bold]{memory.total / GIB:.3f}[/]")
     if memory.capacity is not None:
         table.add_row("capacity", f"{memory.capacity / GIB:.3f}")
     return table

@@ -9,10 +9,11 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
-from lmx.errors import ConfigError, missing_extra, nearest
+from lmx.errors import ConfigError, nearest
 from lmx.parallel.hardware import HARDWARE, Hardware, hardware_of
 
 HERE = "here"
@@ -59,11 +60,23 @@ class Target:
       name: as it was asked for.
       devices: to build a mesh of; they can be compiled for, and not computed on unless they are this machine's.
       hardware: what one of them can do; none where that is not known (a CPU).
+      lacks: the extra that has the compiler for them, where it is not installed; what they take is then estimated.
     """
 
     name: str
-    devices: tuple[jax.Device, ...]
+    devices: tuple[Any, ...]
     hardware: Hardware | None
+    lacks: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsentDevice:
+    """As much of a device as a mesh looks at, where there is no compiler to describe it."""
+
+    id: int
+    device_kind: str
+    process_index: int = 0
+    platform: str = "absent"
 
 
 def open_target(name: str) -> Target:
@@ -71,7 +84,6 @@ def open_target(name: str) -> Target:
 
     Raises:
       ConfigError: there is no such kind of device, or the number or shape is not one.
-      LmxError: the compiler for it is not installed; it names the extra.
     """
     if name == HERE:
         devices = tuple(jax.devices())
@@ -89,19 +101,14 @@ def open_target(name: str) -> Target:
         raise ConfigError(f"--devices {name!r} lacks how many devices there are: {example}.")
     if not hardware.is_tpu and (int(size) > hardware.node and int(size) % hardware.node):
         raise ConfigError(f"--devices {name!r}: {kind} comes in nodes of {hardware.node}; use a multiple of it.")
-    devices = _tpu_devices(name) if hardware.is_tpu else _gpu_devices(hardware, int(size))
-    return Target(name, tuple(devices), hardware)
-
-
-def can_compile(hardware: Hardware) -> bool:
-    """Whether the compiler for such devices is installed."""
-    package = "libtpu" if hardware.is_tpu else "jax_cuda13_plugin"
-    return importlib.util.find_spec(package) is not None
+    extra, package = ("plan", "libtpu") if hardware.is_tpu else ("gpu", "jax_cuda13_plugin")
+    if importlib.util.find_spec(package) is None:
+        count = hardware.per_chip * math.prod(int(part) for part in size.split("x"))
+        return Target(name, tuple(AbsentDevice(i, hardware.kinds[0]) for i in range(count)), hardware, lacks=extra)
+    return Target(name, tuple(_tpu_devices(name) if hardware.is_tpu else _gpu_devices(hardware, int(size))), hardware)
 
 
 def _tpu_devices(name: str) -> list[jax.Device]:
-    if importlib.util.find_spec("libtpu") is None:
-        raise missing_extra("libtpu", "plan", f"compiling for {name} (Python 3.12 or later)")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
 
@@ -114,8 +121,6 @@ def _tpu_devices(name: str) -> list[jax.Device]:
 
 
 def _gpu_devices(hardware: Hardware, count: int) -> list[jax.Device]:
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise missing_extra("jax-cuda13-plugin", "gpu", f"compiling for {hardware.name}")
     from jax.experimental import topologies
 
     (major, minor), cores, lanes, shared_core, shared_block, l2, clock = CARDS[hardware.name]

@@ -1,6 +1,5 @@
 """A plan says what the compiled program says, and its arithmetic can be done by hand."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from lmx.cli import main
 from lmx.config_files import read_config_file
-from lmx.errors import ConfigError, LmxError
+from lmx.errors import ConfigError
 from lmx.models.heads import num_params
 from lmx.parallel.hardware import HARDWARE
 from lmx.parallel.sharding import put_batch
@@ -154,14 +153,6 @@ def test_every_mesh_that_is_tried_suits_the_sizes():
 def test_devices_that_there_are_not(devices, message):
     with pytest.raises(ConfigError, match=message):
         open_target(devices)
-
-
-def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LmxError, match=r"pip install 'lmx\[plan\]'"):
-        open_target("v5e:4x4")
-    with pytest.raises(LmxError, match=r"pip install 'lmx\[gpu\]'"):
-        open_target("h100:8")
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
