@@ -16,7 +16,7 @@ fixed ones of each row; initial values are normal, not truncated at two standard
 
 import math
 
-from lmx.config import Config, Data, Expect, Model, Objective, Optimizer, Tokenizer, Train, config_dict
+from lmx.config import Config, Data, Expect, Mesh, Model, Objective, Optimizer, Tokenizer, Train, config_dict
 from lmx.errors import ConfigError, nearest
 
 SIZES = {  # layers, width, heads
@@ -78,6 +78,7 @@ def get_config(variant="base"):
         train=Train(
             steps=1_000_000, global_batch_size=256, log_every=100, eval_every=10_000, checkpoint_every=10_000, samples=0
         ),
+        mesh=Mesh(on=("any: data=-1",)),  # a third of a billion parameters fit on any device
         expect=EXPECT[variant],
     )
     return config_dict(tiny(config) if variant == "tiny" else config)

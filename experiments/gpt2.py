@@ -16,7 +16,7 @@ hand: `--config.data.train=jsonl:openwebtext.jsonl[:99%]`. Positions start at th
 0.02, where GPT-2's code has 0.01.
 """
 
-from lmx.config import Config, Data, Eval, Model, Optimizer, Tokenizer, Train, config_dict
+from lmx.config import Config, Data, Eval, Mesh, Model, Optimizer, Tokenizer, Train, config_dict
 from lmx.errors import ConfigError, nearest
 
 SIZES = {  # layers, width, heads, learning rate, rows a device computes at once
@@ -25,6 +25,10 @@ SIZES = {  # layers, width, heads, learning rate, rows a device computes at once
     "774m": (36, 1280, 20, 2.5e-4, 8),
     "1558m": (48, 1600, 25, 2e-4, 4),
     "tiny": (2, 128, 4, 1e-3, None),
+}
+MESHES = {  # by kind of device; the smaller ones are replicated
+    "774m": ("any: fsdp=-1",),
+    "1558m": ("any: fsdp=-1",),
 }
 
 
@@ -43,6 +47,7 @@ def get_config(variant="124m"):
             activation="gelu_tanh",
             scale_residual_init=True,
             dtype="bfloat16",
+            remat="full" if variant in MESHES else "none",
         ),
         data=Data(train="tfds:c4/webtextlike@train", eval="tfds:c4/webtextlike@validation", length=1024),
         tokenizer=Tokenizer(kind="sentencepiece", model_type="bpe", vocab_size=50257),
@@ -57,6 +62,7 @@ def get_config(variant="124m"):
             eval_every=2000,
             checkpoint_every=2000,
         ),
+        mesh=Mesh(on=MESHES.get(variant, ("any: data=-1",))),
         eval=Eval(max_batches=50),
     )
     return config_dict(tiny(config) if variant == "tiny" else config)

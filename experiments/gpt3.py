@@ -33,7 +33,7 @@ SIZES = {  # layers, width, heads, rows a step (0.5M, 1M, 2M and 3.2M tokens), l
     "175b": (96, 12288, 96, 1600, 0.6e-4),
     "tiny": (4, 128, 4, 16, 1e-3),
 }
-MESHES = {  # by kind of device; a node of GPUs has eight
+MESHES = {  # by kind of device, a node of GPUs has eight; the smaller ones are replicated
     "1.3b": ("any: fsdp=-1",),
     "2.7b": ("any: fsdp=-1", "v6e: fsdp=-1"),
     "6.7b": ("any: fsdp=-1", "v6e: fsdp=-1, tensor=2"),
@@ -81,7 +81,7 @@ def get_config(variant="125m"):
             eval_every=2000,
             checkpoint_every=2000,
         ),
-        mesh=Mesh(on=MESHES.get(variant, ())),
+        mesh=Mesh(on=MESHES.get(variant, ("any: data=-1",))),
         eval=Eval(max_batches=20),
     )
     return config_dict(tiny(config) if variant == "tiny" else config)

@@ -114,7 +114,7 @@ def get_config(variant="base_8"):
             checkpoint_every=5000,
             samples=0,
         ),
-        mesh=Mesh(on=MESHES.get(variant, ())),
+        mesh=Mesh(on=MESHES.get(variant, ("any: data=-1",))),
         eval=Eval(batch_size=256, max_batches=100),
         expect=EXPECT.get(variant, Expect()),
     )

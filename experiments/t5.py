@@ -80,7 +80,7 @@ def get_config(variant="base"):
             checkpoint_every=5000,
             samples=0,
         ),
-        mesh=Mesh(on=MESHES.get(variant, ())),
+        mesh=Mesh(on=MESHES.get(variant, ("any: data=-1",))),
         eval=Eval(max_batches=100),
     )
     return config_dict(tiny(config) if variant == "tiny" else config)

@@ -24,6 +24,8 @@ _CALLS = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=(?:\{([^}]*)\}|(%?[\w.-]+))"
 )
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_CONSTANT = re.compile(r"\bconstant\((\d+)\)")
 _GROUPS = re.compile(r"replica_groups=(\{\{.*?\}\}|\{\}|\[[^\]]*\]<=\[[^\]]*\](?:T\([\d,]*\))?)")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
 _PART = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
@@ -95,15 +97,15 @@ def _parse(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(computations: Mapping[str, Iterable[str]], entry: str) -> dict[str, int]:
-    """How often each computation runs. A loop whose turns the compiler does not know counts once."""
+    """How often each computation runs."""
     callers: dict[str, list[tuple[str, int]]] = {name: [] for name in computations}
     for name, lines in computations.items():
         for line in lines:
-            trips = _TRIPS.search(line) if " while(" in f" {line}" else None
+            turns = _turns(line, computations) if " while(" in f" {line}" else 1
             for several, one in _CALLS.findall(line):
                 for callee in (several or one).replace("%", "").split(", "):
                     if callee in callers:
-                        callers[callee].append((name, int(trips[1]) if trips else 1))
+                        callers[callee].append((name, turns))
     times: dict[str, int] = {entry: 1}
 
     def count(name: str) -> int:
@@ -115,6 +117,19 @@ def _times(computations: Mapping[str, Iterable[str]], entry: str) -> dict[str, i
     for name in computations:
         count(name)
     return times
+
+
+def _turns(line: str, computations: Mapping[str, Iterable[str]]) -> int:
+    """How often a loop turns, once where that cannot be told.
+
+    Compilers for CPUs and GPUs say so. In a TPU's program it is what the counter of a scan, which starts at 0, stays
+    below: the one constant of the loop's condition.
+    """
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    condition = computations.get(_CONDITION.search(line)[1], ())
+    limits = [int(found[1]) for other in condition if (found := _CONSTANT.search(other))]
+    return limits[0] if len(limits) == 1 else 1
 
 
 def _collective(line: str, computation: str, mesh: jax.sharding.Mesh) -> tuple[str, tuple[str, ...], int, float] | None:
