@@ -117,6 +117,35 @@ def test_any_mesh_gives_the_numbers_of_one_device(name, sizes):
     assert max(jax.tree.leaves(moved)) > 1e-2  # far more than what may differ
 
 
+def strategies():
+    for name in ("decoder", "encoder", "encoder_decoder", "switch"):
+        for strategy, devices in (("jit", 1), ("pmap", 8), ("pjit", 1)):
+            everyday = (name, strategy) in (("decoder", "jit"), ("switch", "pmap"))
+            yield pytest.param(name, strategy, devices, marks=[] if everyday else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("name", "strategy", "devices"), list(strategies()))
+def test_every_strategy_gives_the_same_numbers(name, strategy, devices):
+    config = MODELS[name].replace(train={"strategy": strategy})
+    _, first, last, losses = five_steps(config, Layout.of(Mesh(), jax.devices()[:devices]))
+    _, expected_first, expected_last, expected_losses = on_one_device(name)
+    assert_close(first.opt_state, expected_first.opt_state)
+    assert_close(last, expected_last)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}], ids=label)
+def test_an_optimizer_in_the_hosts_memory_takes_the_same_steps(sizes):
+    config, layout = MODELS["decoder"].replace(optimizer={"offload": True}), Layout.of(Mesh(data=1, **sizes))
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state_layout(make_experiment(config, layout)))}
+    assert kinds == {"device", "pinned_host"}
+    _, first, last, losses = five_steps(config, layout)
+    _, expected_first, expected_last, expected_losses = on_one_device("decoder")
+    assert_close(first.opt_state, expected_first.opt_state)
+    assert_close(last, expected_last)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+
+
 @pytest.mark.parametrize("changes", [{"stage_rounds": 2}, {"stage_rounds": 4, "stage_microbatches": 2}])
 def test_rounds_and_microbatches_of_a_pipeline_change_nothing(changes):
     mesh = Mesh(data=4, stage=2, **changes)
