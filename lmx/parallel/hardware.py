@@ -1,4 +1,4 @@
-"""What devices can do, by their makers' data sheets: the one table that speed and plans are measured against.
+"""What devices can do, by their makers' data sheets: the one table that speed, plans and jobs are made from.
 
 Sources: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)"; NVIDIA's data sheets of
 A100 80GB SXM, H100 SXM, H200 SXM and HGX B200, without sparsity. A TPU's memory is what XLA leaves to programs, as its
@@ -6,8 +6,13 @@ out-of-memory errors state it; a GPU's is the data sheet's.
 """
 
 import dataclasses
+import math
+import re
+from collections.abc import Sequence
 
 import jax
+
+from lmx.errors import ConfigError, nearest
 
 GIB = 2**30
 
@@ -54,6 +59,52 @@ HARDWARE = (
     Hardware("h200", ("H200",), 989.4e12, 141e9, 4800e9, 450e9, 50e9, node=8),
     Hardware("b200", ("B200",), 2250e12, 180e9, 7700e9, 900e9, 50e9, node=8),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Devices of one kind, as ``KIND:SIZE`` asks for them.
+
+    Attributes:
+      name: as they were asked for.
+      hardware: the kind.
+      shape: chips along each dimension of the torus (TPU), or how many there are alone (GPU).
+    """
+
+    name: str
+    hardware: Hardware
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        """Chips of a TPU topology, GPUs otherwise."""
+        return math.prod(self.shape)
+
+
+def read_devices(name: str, others: Sequence[str] = ()) -> Devices:
+    """What ``v5p:8x8x16`` (chips along each dimension of the torus) or ``h100:64`` asks for.
+
+    Args:
+      others: what else may be written where the name is asked for; errors name it too.
+
+    Raises:
+      ConfigError: there is no such kind of device, or the number or shape is not one.
+    """
+    kind, _, size = name.partition(":")
+    hardware = next((one for one in HARDWARE if one.name == kind), None)
+    if hardware is None:
+        *most, last = "v5p:8x8x16", "h100:8", *others
+        raise ConfigError(
+            f"--devices {name!r} is no kind of device{nearest(kind, [*(one.name for one in HARDWARE), *others])}. "
+            f"Write {', '.join(most)} or {last}."
+        )
+    shape = r"[1-9]\d*(x[1-9]\d*){1,2}" if hardware.is_tpu else r"[1-9]\d*"
+    if not re.fullmatch(shape, size):
+        example = "chips along each dimension, as in v5e:4x4 or v5p:8x8x16" if hardware.is_tpu else "as in h100:64"
+        raise ConfigError(f"--devices {name!r} lacks how many devices there are: {example}.")
+    if not hardware.is_tpu and (int(size) > hardware.node and int(size) % hardware.node):
+        raise ConfigError(f"--devices {name!r}: {kind} comes in nodes of {hardware.node}; use a multiple of it.")
+    return Devices(name, hardware, tuple(map(int, size.split("x"))))
 
 
 def hardware_of(device: jax.Device) -> Hardware | None:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from lmx.config import Mesh
 from lmx.errors import ConfigError, nearest
+from lmx.parallel.hardware import hardware_of
 from lmx.parallel.mesh import AXES, BATCH_AXES, make_mesh, on_hardware
 
 # Where each logical axis goes, if it can: of several mesh axes the first is the outermost. This is the whole of
@@ -66,7 +67,7 @@ class Layout:
         Raises:
           ConfigError: the sizes do not multiply to the number of devices, or a rule names an axis that is not there.
         """
-        config = on_hardware(config, (jax.devices() if devices is None else devices)[0])
+        config = on_hardware(config, hardware_of((jax.devices() if devices is None else devices)[0]))
         rules = RULES | dict(map(_parse_rule, config.rules))
         return cls(make_mesh(config, devices), rules, config.stage_microbatches, config.stage_rounds)
 

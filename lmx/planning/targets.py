@@ -5,15 +5,14 @@ import dataclasses
 import importlib.util
 import math
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
 
 import jax
 
-from lmx.errors import ConfigError, missing_extra, nearest
-from lmx.parallel.hardware import HARDWARE, Hardware, hardware_of
+from lmx.errors import ConfigError, missing_extra
+from lmx.parallel.hardware import Hardware, hardware_of, read_devices
 
 HERE = "here"
 # What XLA's GPU compiler has to be told of a card that is not there (GpuTargetConfigProto), by compute capability: SMs,
@@ -76,20 +75,9 @@ def open_target(name: str) -> Target:
     if name == HERE:
         devices = tuple(jax.devices())
         return Target(name, devices, hardware_of(devices[0]))
-    kind, _, size = name.partition(":")
-    hardware = next((one for one in HARDWARE if one.name == kind), None)
-    if hardware is None:
-        raise ConfigError(
-            f"--devices {name!r} is no kind of device{nearest(kind, [one.name for one in HARDWARE] + [HERE])}. Write "
-            "v5p:8x8x16, h100:8 or here."
-        )
-    shape = r"[1-9]\d*(x[1-9]\d*){1,2}" if hardware.is_tpu else r"[1-9]\d*"
-    if not re.fullmatch(shape, size):
-        example = "chips along each dimension, as in v5e:4x4 or v5p:8x8x16" if hardware.is_tpu else "as in h100:64"
-        raise ConfigError(f"--devices {name!r} lacks how many devices there are: {example}.")
-    if not hardware.is_tpu and (int(size) > hardware.node and int(size) % hardware.node):
-        raise ConfigError(f"--devices {name!r}: {kind} comes in nodes of {hardware.node}; use a multiple of it.")
-    devices = _tpu_devices(name) if hardware.is_tpu else _gpu_devices(hardware, int(size))
+    asked = read_devices(name, others=(HERE,))
+    hardware = asked.hardware
+    devices = _tpu_devices(name) if hardware.is_tpu else _gpu_devices(hardware, asked.chips)
     return Target(name, tuple(devices), hardware)
 
 
