@@ -2,7 +2,8 @@
 
 Sources: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)"; NVIDIA's data sheets of
 A100 80GB SXM, H100 SXM, H200 SXM and HGX B200, without sparsity. A TPU's memory is what XLA leaves to programs, as its
-out-of-memory errors state it; a GPU's is the data sheet's.
+out-of-memory errors state it; a GPU's is the data sheet's. What GKE and SkyPilot call them: Google's page "Plan TPUs in
+GKE", the tables of `xpk` and SkyPilot's catalog.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax
 from lmx.errors import ConfigError, nearest
 
 GIB = 2**30
+HOST_CHIPS = 4  # of a TPU: 2 x 2 of its torus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,36 @@ HARDWARE = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Rented:
+    """A kind of device as clouds rent it out.
+
+    Attributes:
+      gke: the value of GKE's node label for it.
+      skypilot: SkyPilot's name for it, of so many ``chips`` or ``cores``; empty: it has none.
+      torus: dimensions that a topology is written in; 0: GPUs, by their number.
+      devices_per_chip: how many JAX sees in a chip.
+    """
+
+    gke: str
+    skypilot: str
+    torus: int = 0
+    devices_per_chip: int = 1
+
+
+RENTED = {
+    "v4": Rented("tpu-v4-podslice", "tpu-v4-{cores}", torus=3),
+    "v5e": Rented("tpu-v5-lite-podslice", "tpu-v5litepod-{chips}", torus=2),
+    "v5p": Rented("tpu-v5p-slice", "tpu-v5p-{cores}", torus=3),
+    "v6e": Rented("tpu-v6e-slice", "tpu-v6e-{chips}", torus=2),
+    "tpu7x": Rented("tpu7x", "", torus=3, devices_per_chip=2),
+    "a100": Rented("nvidia-a100-80gb", "A100-80GB"),
+    "h100": Rented("nvidia-h100-80gb", "H100"),
+    "h200": Rented("nvidia-h200-141gb", "H200"),
+    "b200": Rented("nvidia-b200", "B200"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Devices:
     """Devices of one kind, as ``KIND:SIZE`` asks for them.
 
@@ -79,6 +111,26 @@ class Devices:
     def chips(self) -> int:
         """Chips of a TPU topology, GPUs otherwise."""
         return math.prod(self.shape)
+
+    @property
+    def rented(self) -> Rented:
+        """What clouds call them."""
+        return RENTED[self.hardware.name]
+
+    @property
+    def count(self) -> int:
+        """Devices as JAX counts them."""
+        return self.chips * self.rented.devices_per_chip
+
+    @property
+    def chips_per_host(self) -> int:
+        """Chips of one machine, as clouds rent topologies of several: four of a TPU, a node of GPUs."""
+        return min(self.chips, self.hardware.node or HOST_CHIPS)
+
+    @property
+    def hosts(self) -> int:
+        """Machines that they are spread over, with a process of lmx on each."""
+        return -(-self.chips // self.chips_per_host)
 
 
 def read_devices(name: str, others: Sequence[str] = ()) -> Devices:
