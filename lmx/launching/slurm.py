@@ -18,13 +18,14 @@ from lmx.parallel.processes import PEER_LOST
 
 LOGS = "slurm"  # in the workdir
 TIME = r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
-KILLED = 128 + signal.SIGKILL
+# JAX's runtime aborts a process whose process 0 has gone; lmx itself sees other losses.
+FAILED = (PEER_LOST, 128 + signal.SIGABRT, 128 + signal.SIGKILL)
 # Only while the job runs: scancel sends SIGTERM too, and what is cancelled must not come back.
 AGAIN = """status=$?
 again=no
 case $status in
   {stop}) again=yes ;;
-  {lost} | {killed}) [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ] && again=yes ;;
+  {failed}) [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ] && again=yes ;;
 esac
 if [ $again = yes ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
   echo "lmx train ended with status $status; the job is queued again, to go on from the last checkpoint"
@@ -63,7 +64,8 @@ def prepare(job: Job, options: Options) -> Prepared:
     text = submitit.slurm.slurm._make_sbatch_string(
         command=shlex.join(job.command), folder=_folder(job), **parameters(job, options)
     )
-    return Prepared(text + "\n", ".sbatch", f"made and checked by submitit {submitit.__version__}")
+    made = f"made and checked by submitit {submitit.__version__}"
+    return Prepared(text + "\n", ".sbatch", f"{made}; its logs go to {_folder(job)}, which sbatch wants to be there")
 
 
 def submit(job: Job, options: Options, prepared: Prepared) -> str:
@@ -81,6 +83,7 @@ def submit(job: Job, options: Options, prepared: Prepared) -> str:
             "this on a login node of the cluster, or take the script of the dry run there."
         ) from error
     executor.update_parameters(**parameters(job, options))
+    _folder(job).mkdir(parents=True, exist_ok=True)
     try:
         # Not `submit`, which would run a pickled function that runs the command.
         submitted = executor._submit_command(shlex.join(job.command))
@@ -100,7 +103,8 @@ def parameters(job: Job, options: Options) -> dict[str, Any]:
         raise ConfigError(f"--devices {devices.name}: SLURM starts jobs on GPUs; for TPUs use gke or skypilot.")
     if options.time is not None and not re.fullmatch(TIME, options.time):
         raise ConfigError(f"--time {options.time!r} is neither minutes nor [DAYS-]HOURS:MINUTES:SECONDS.")
-    again = AGAIN.format(stop=ASKED_TO_STOP, lost=PEER_LOST, killed=KILLED, restarts=job.max_restarts)
+    failed = " | ".join(map(str, FAILED))
+    again = AGAIN.format(stop=ASKED_TO_STOP, failed=failed, restarts=job.max_restarts)
     fixed: dict[str, Any] = {
         "job_name": job.name,
         "nodes": devices.hosts,
