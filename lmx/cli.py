@@ -17,6 +17,7 @@ DESCRIPTION = "lmx: language models in JAX, from a config to a checkpoint, a rep
 EXAMPLES = """examples:
   lmx train --config experiments/quickstart.py --workdir runs/quickstart
   lmx train --config experiments/gpt2.py:124m --workdir runs/gpt2 --config.train.steps=1000
+  lmx launch slurm --config experiments/gpt2.py:124m --workdir runs/gpt2 --devices h100:32
   lmx generate --workdir runs/quickstart --prompt "The statement" --temperature 0.8
 """
 FORMATS = "hf is what transformers opens; peft the low-rank adapters alone (lmx)"
@@ -197,17 +198,15 @@ def _launch(args: argparse.Namespace, overrides: list[str], console: Console) ->
     options = command.given_options(args.engine, vars(args))
     job = make_job(args.config, overrides, args.workdir, args.devices, args.name, args.env, args.max_restarts)
     prepared = command.prepare(args.engine, job, options)
-    written = command.write(args.output, job, prepared) if args.output else None
+    notes = [f"{job}; {prepared.checked}"]
+    if args.output:
+        notes.append(f"written: {command.write(args.output, job, prepared)}")
     print(prepared.text, end="")
-    notes = Console(stderr=True)  # so that the job alone can be piped
-    notes.print(f"{job}; {prepared.checked}", highlight=False, markup=False, soft_wrap=True)
-    if written:
-        notes.print(f"written: {written}", highlight=False, markup=False, soft_wrap=True)
+    print(*notes, sep="\n", file=sys.stderr)  # so that the job alone can be piped
     if args.submit:
-        said = command.submit(args.engine, job, options, prepared)
-        notes.print(f"submitted: {said}", highlight=False, markup=False, soft_wrap=True)
+        print(f"submitted: {command.submit(args.engine, job, options, prepared)}", file=sys.stderr)
     else:
-        notes.print("dry run: nothing was submitted; --submit does it", highlight=False)
+        print("dry run: nothing was submitted; --submit does it", file=sys.stderr)
 
 
 def _eval(args: argparse.Namespace, overrides: list[str], console: Console) -> None:

@@ -1,9 +1,11 @@
 """SkyPilot: a task in YAML, to be run as a managed job, which goes on elsewhere when its machines are taken away."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import shlex
+import sys
 import tempfile
 from typing import Any
 
@@ -12,6 +14,15 @@ import yaml
 from lmx.errors import ConfigError
 from lmx.launching.job import ASKED_TO_STOP, COORDINATOR_PORT, Job, Prepared, read_mounts, run_tool
 
+# The images' own Python is older than lmx needs.
+ENVIRONMENT = "~/lmx-env"
+# Google's page "TPU software versions"; SkyPilot itself would take v5p's for v5e.
+RUNTIMES = {
+    "v4": "tpu-ubuntu2204-base",
+    "v5e": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
 FIND_EACH_OTHER = f"""export JAX_COORDINATOR_ADDRESS="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{COORDINATOR_PORT}"
 export JAX_NUM_PROCESSES="$SKYPILOT_NUM_NODES"
 export JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"
@@ -24,7 +35,8 @@ class Options:
 
     Attributes:
       mount: ``SOURCE:/PATH`` each: a bucket (``gs://NAME``, ``s3://NAME``, …) or a SkyPilot volume, for the workdir.
-      setup: lines of shell that install lmx from this folder, which is sent along; none: with pip.
+      setup: lines of shell that install lmx, so that its command is found, from this folder, which is sent along;
+        none: into a virtual environment of its own.
       infra: where to look, such as ``gcp/us-central1``; none: everywhere.
       spot: on machines that may be taken away.
     """
@@ -66,10 +78,11 @@ def check(text: str) -> str:
     """
     if importlib.util.find_spec("sky") is None:
         return "not checked: skypilot is not installed (lmx[launch])"
-    import sky
-
     try:
-        sky.Task.from_yaml_config(yaml.safe_load(text))
+        with contextlib.redirect_stdout(sys.stderr):  # it logs to where the job is to be
+            import sky
+
+            sky.Task.from_yaml_config(yaml.safe_load(text))
     except ValueError as error:  # SkyPilot's own errors of input are of this kind
         raise ConfigError(f"SkyPilot does not take the task: {error}") from error
     return f"checked by skypilot {importlib.metadata.version('skypilot')}'s schema"
@@ -87,27 +100,37 @@ def task(job: Job, options: Options) -> dict[str, Any]:
     tpu = devices.hardware.is_tpu
     name = devices.rented.skypilot.format(chips=devices.chips, cores=2 * devices.chips)
     resources: dict[str, Any] = {"accelerators": name if tpu else f"{name}:{devices.chips_per_host}"}
+    if tpu:
+        resources["accelerator_args"] = {"runtime_version": RUNTIMES[devices.hardware.name]}
     if options.infra:
         resources["infra"] = options.infra
     if options.spot:
         resources["use_spot"] = True
     resources["job_recovery"] = {"max_restarts_on_errors": job.max_restarts, "recover_on_exit_codes": [ASKED_TO_STOP]}
-    install = options.setup or (f'pip install -e ".[{"tpu" if tpu else "gpu"}]"',)
-    alone = tpu or devices.hosts == 1  # TPUs are told by their machines who the others are
+    run = shlex.join(job.command) + "\n"
+    if not tpu and devices.hosts > 1:  # TPUs are told by their machines who the others are
+        run = FIND_EACH_OTHER + run
+    if not options.setup:
+        run = f"source {ENVIRONMENT}/bin/activate\n" + run
     found: dict[str, Any] = {
         "name": job.name,
         "resources": resources,
         # A TPU topology is one node to SkyPilot, which runs the task on each of its machines.
         "num_nodes": 1 if tpu else devices.hosts,
         "workdir": ".",
-        "setup": "\n".join(install) + "\n",
-        "run": ("" if alone else FIND_EACH_OTHER) + shlex.join(job.command) + "\n",
+        "setup": "\n".join(options.setup or _install("tpu" if tpu else "gpu")) + "\n",
+        "run": run,
     }
     if job.environment:
         found["envs"] = dict(job.environment)
     buckets = {path: {"source": source, "mode": "MOUNT"} for path, source in mounts.items() if "://" in source}
     volumes = {path: source for path, source in mounts.items() if "://" not in source}
     return found | ({"file_mounts": buckets} if buckets else {}) | ({"volumes": volumes} if volumes else {})
+
+
+def _install(extra: str) -> tuple[str, ...]:
+    made = f"[ -d {ENVIRONMENT} ] || uv venv --python 3.12 --seed {ENVIRONMENT}"
+    return "pip install uv", made, f'{ENVIRONMENT}/bin/pip install -e ".[{extra}]"'
 
 
 class _Dumper(yaml.SafeDumper):

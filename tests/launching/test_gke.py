@@ -5,9 +5,10 @@ import copy
 import pytest
 import yaml
 
+from lmx.cli import main
 from lmx.launching import gke
 from lmx.parallel.processes import environment
-from tests.launching.jobs import AWKWARD, command, fake, launch, refused
+from tests.launching.jobs import AWKWARD, arguments, command, fake, launch, refused
 
 TPU, TOPOLOGY = "cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"
 
@@ -129,9 +130,6 @@ def test_kubectl_is_given_what_the_dry_run_shows(capsys, tmp_path, monkeypatch):
 
 
 def test_what_the_cluster_says_against_a_job_is_told(capsys, tmp_path, monkeypatch):
-    from lmx.cli import main
-    from tests.launching.jobs import arguments
-
     fake(tmp_path / "bin", monkeypatch, kubectl='echo "jobsets is forbidden" >&2; exit 1')
     assert main(arguments("gke", "v5e:4x4", "--submit")) == 2
     assert "jobsets is forbidden" in " ".join(capsys.readouterr().err.split())

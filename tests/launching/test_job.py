@@ -1,9 +1,14 @@
 """What no engine should ever hear of is refused, and nothing is written."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
+from lmx.cli import main
 from lmx.parallel.hardware import RENTED, read_devices
-from tests.launching.jobs import command, launch, refused
+from tests.launching.jobs import arguments, command, launch, refused
 
 ENGINES = ("slurm", "gke", "skypilot")
 
@@ -94,6 +99,13 @@ def test_sizes_for_the_kind_of_device_are_taken(capsys):
     assert "3 devices, but there are 16" in refused(capsys, "gke", "v5p:2x2x4", *flags).replace("multiple of ", "")
 
 
+def test_no_device_is_looked_for():
+    """Where JAX would fail to find any, a job is made all the same."""
+    words = [sys.executable, "-m", "lmx", *arguments("gke", "v5p:2x2x4")]
+    done = subprocess.run(words, env=os.environ | {"JAX_PLATFORMS": "nowhere"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "tpu-v5p-slice" in done.stdout, done.stderr
+
+
 def test_an_unknown_engine_names_the_nearest(capsys):
     assert "'slrum' is no engine; did you mean 'slurm'?" in refused(capsys, "slrum", "h100:8")
 
@@ -132,14 +144,11 @@ def test_a_dry_run_shows_what_it_writes_and_submits_nothing(capsys, tmp_path, en
     assert len(list(tmp_path.iterdir())) == 1
     for word in command():
         assert word in shown
-    assert "there is no folder" in " ".join(refused(capsys, engine, "h100:16", "--output", f"{tmp_path}/a/b").split())
+    assert "there is no folder" in refused(capsys, engine, "h100:16", "--output", f"{tmp_path}/a/b")
 
 
 @pytest.mark.parametrize(("engine", "tool"), [("slurm", "srun"), ("gke", "kubectl"), ("skypilot", "sky")])
 def test_submitting_without_the_engine_says_what_is_missing(capsys, monkeypatch, tmp_path, engine, tool):
-    from lmx.cli import main
-    from tests.launching.jobs import arguments
-
     monkeypatch.setenv("PATH", str(tmp_path))
     given = arguments(engine, "h100:16", "--submit")
     given[given.index("--workdir") + 1] = str(tmp_path / "run") if engine == "slurm" else "/runs/one"

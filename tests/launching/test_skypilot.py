@@ -30,7 +30,9 @@ def test_accelerators_and_nodes(capsys, devices, accelerators, nodes):
     assert task["resources"]["use_spot"] is True and task["resources"]["infra"] == "gcp/us-central1"
     recovery = {"max_restarts_on_errors": 3, "recover_on_exit_codes": [143]}
     assert task["resources"]["job_recovery"] == recovery
-    assert task["setup"] == f'pip install -e ".[{"tpu" if devices.startswith("v") else "gpu"}]"\n'
+    tpu = devices.startswith("v")
+    assert task["setup"].endswith(f'/bin/pip install -e ".[{"tpu" if tpu else "gpu"}]"\n')
+    assert ("runtime_version" in task["resources"].get("accelerator_args", {})) == tpu
     assert task["file_mounts"] == {"/runs": {"source": "gs://bucket", "mode": "MOUNT"}}
     assert "checked" in said
 
@@ -51,15 +53,23 @@ def run(text, tmp_path, monkeypatch):
     """The words and the variables that the task's command gets on the second of two nodes."""
     program = "python3 -c 'import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))' lmx \"$@\""
     fake(tmp_path / "bin", monkeypatch, lmx=program)
-    node = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    (tmp_path / "lmx-env" / "bin").mkdir(parents=True)
+    (tmp_path / "lmx-env" / "bin" / "activate").write_text("export ACTIVE=yes\n")
+    node = {
+        "HOME": str(tmp_path),
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+    }
     script = yaml.safe_load(text)["run"]
+    subprocess.run(["bash", "-n"], input=yaml.safe_load(text)["setup"], text=True, check=True)
     done = subprocess.run(["bash"], input=script, text=True, capture_output=True, env=os.environ | node, check=True)
     return json.loads(done.stdout)
 
 
 def test_gpu_processes_find_each_other(capsys, tmp_path, monkeypatch):
     words, variables = run(launch(capsys, "skypilot", "h100:16", AWKWARD)[0], tmp_path, monkeypatch)
-    assert words == command(AWKWARD)
+    assert words == command(AWKWARD) and variables["ACTIVE"] == "yes"
     assert environment(variables) == {"coordinator_address": "10.0.0.1:8476", "num_processes": 2, "process_id": 1}
 
 
@@ -73,6 +83,7 @@ def test_options(capsys):
     more = ["--setup", "uv sync", "--setup", "echo done", "--env", "A=yes", "--mount", "disk:/data", "--name", "big"]
     task = yaml.safe_load(launch(capsys, "skypilot", "h100:8", *more)[0])
     assert (task["name"], task["setup"], task["envs"]) == ("big", "uv sync\necho done\n", {"A": "yes"})
+    assert task["run"].startswith("lmx train ")
     assert task["volumes"] == {"/data": "disk"}
     assert "SkyPilot has no tpu7x; use gke" in refused(capsys, "skypilot", "tpu7x:2x2x2")
 

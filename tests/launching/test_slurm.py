@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from lmx.cli import main
 from lmx.parallel.processes import PEER_LOST
 from tests.launching.jobs import AWKWARD, arguments, command, fake, launch, refused
 
@@ -111,8 +112,6 @@ def test_what_is_submitted_is_what_the_dry_run_shows(capsys, tmp_path, monkeypat
 
 
 def test_what_sbatch_says_against_a_job_is_told(capsys, tmp_path, monkeypatch):
-    from lmx.cli import main
-
     fake(tmp_path / "bin", monkeypatch, srun="", sbatch='echo "invalid partition specified: nowhere" >&2; exit 1')
     given = arguments("slurm", "h100:16", "--workdir", str(tmp_path / "run"), "--submit")
     assert main(given) == 2
