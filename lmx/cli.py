@@ -17,6 +17,7 @@ DESCRIPTION = "lmx: language models in JAX, from a config to a checkpoint, a rep
 EXAMPLES = """examples:
   lmx train --config experiments/quickstart.py --workdir runs/quickstart
   lmx train --config experiments/gpt2.py:124m --workdir runs/gpt2 --config.train.steps=1000
+  lmx launch slurm --config experiments/gpt2.py:124m --workdir runs/gpt2 --devices h100:32
   lmx generate --workdir runs/quickstart --prompt "The statement" --temperature 0.8
 """
 FORMATS = "hf is what transformers opens; peft the low-rank adapters alone (lmx)"
@@ -76,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--shardings", action="store_true", help="list where each parameter goes")
     plan.add_argument("--search", action="store_true", help="rank mesh shapes and remat policies")
 
+    _add_launch(command("launch", _launch, "Write a job for several machines, and submit it.", epilog=overrides))
+
     evaluate = command("eval", _eval, "Score a trained model on held-out data.")
     evaluate.add_argument("--workdir", required=True, metavar="DIR", help="a training run")
     evaluate.add_argument("--data", metavar="SOURCE", help="another source than the config's data.eval")
@@ -121,6 +124,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_launch(launch: argparse.ArgumentParser) -> None:
+    launch.add_argument("engine", metavar="ENGINE", help="slurm, gke or skypilot")
+    launch.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="experiment file")
+    launch.add_argument("--workdir", required=True, metavar="DIR", help="where the run is kept, seen by all machines")
+    launch.add_argument("--devices", required=True, metavar="KIND:SIZE", help="v5p:8x8x16 or h100:64")
+    launch.add_argument("--name", metavar="NAME", help="of the job (after the config)")
+    launch.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable of every process")
+    launch.add_argument("--max-restarts", type=int, default=10, metavar="N", help="most restarts after failures (10)")
+    launch.add_argument("--output", metavar="FILE", help="also write the job here; into a folder, under its name")
+    launch.add_argument("--submit", action="store_true", help="hand the job over; otherwise it is only shown")
+    more = launch.add_argument_group("options of engines")
+
+    def option(*names: str, engines: str, **settings) -> None:
+        settings["help"] += f" ({engines})"
+        more.add_argument(*names, default=argparse.SUPPRESS, **settings)
+
+    option("--time", metavar="D-HH:MM:SS", help="limit of each start", engines="slurm")
+    option("--partition", metavar="NAME", help="queue", engines="slurm")
+    option("--account", metavar="NAME", help="to be charged", engines="slurm")
+    sbatch = "another parameter of submitit, such as qos=high"
+    option("--sbatch", action="append", metavar="NAME=VALUE", help=sbatch, engines="slurm")
+    option("--setup", action="append", metavar="COMMAND", help="shell before the run", engines="slurm, skypilot")
+    option("--image", metavar="NAME", help="container with lmx and the config", engines="gke")
+    mounts = "a bucket or a volume for the workdir, such as gs://bucket:/runs"
+    option("--mount", action="append", metavar="SOURCE:/PATH", help=mounts, engines="gke, skypilot")
+    option("--namespace", metavar="NAME", help="of Kubernetes", engines="gke")
+    option("--queue", metavar="NAME", help="Kueue's local queue", engines="gke")
+    option("--infra", metavar="CLOUD/REGION", help="where to look for machines", engines="skypilot")
+    option("--spot", action="store_true", help="machines that may be taken away", engines="gke, skypilot")
+
+
 def _train(args: argparse.Namespace, overrides: list[str], console: Console) -> int:
     from lmx.config_files import describe_fields, read_config_file
 
@@ -155,6 +189,24 @@ def _plan(args: argparse.Namespace, overrides: list[str], console: Console) -> N
 
     _use_compilation_cache()
     plan(config, args.devices, console, args.json, args.html, args.shardings, args.search)
+
+
+def _launch(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    from lmx.launching import command
+    from lmx.launching.job import make_job
+
+    options = command.given_options(args.engine, vars(args))
+    job = make_job(args.config, overrides, args.workdir, args.devices, args.name, args.env, args.max_restarts)
+    prepared = command.prepare(args.engine, job, options)
+    notes = [f"{job}; {prepared.checked}"]
+    if args.output:
+        notes.append(f"written: {command.write(args.output, job, prepared)}")
+    print(prepared.text, end="")
+    print(*notes, sep="\n", file=sys.stderr)  # so that the job alone can be piped
+    if args.submit:
+        print(f"submitted: {command.submit(args.engine, job, options, prepared)}", file=sys.stderr)
+    else:
+        print("dry run: nothing was submitted; --submit does it", file=sys.stderr)
 
 
 def _eval(args: argparse.Namespace, overrides: list[str], console: Console) -> None:

@@ -1,15 +1,22 @@
-"""What devices can do, by their makers' data sheets: the one table that speed and plans are measured against.
+"""What devices can do, by their makers' data sheets: the one table that speed, plans and jobs are made from.
 
 Sources: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)"; NVIDIA's data sheets of
 A100 80GB SXM, H100 SXM, H200 SXM and HGX B200, without sparsity. A TPU's memory is what XLA leaves to programs, as its
-out-of-memory errors state it; a GPU's is the data sheet's.
+out-of-memory errors state it; a GPU's is the data sheet's. What GKE and SkyPilot call them: Google's page "Plan TPUs in
+GKE", the tables of `xpk` and SkyPilot's catalog.
 """
 
 import dataclasses
+import math
+import re
+from collections.abc import Sequence
 
 import jax
 
+from lmx.errors import ConfigError, nearest
+
 GIB = 2**30
+HOST_CHIPS = 4  # of a TPU: 2 x 2 of its torus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +33,6 @@ class Hardware:
         torus (TPU), or to all others of its node (GPU).
       network_bandwidth: bytes a second that a device sends beyond its torus or node.
       node: devices that share the fast links; 0: all of a topology (TPU).
-      per_chip: devices of a chip.
     """
 
     name: str
@@ -37,7 +43,6 @@ class Hardware:
     link_bandwidth: float
     network_bandwidth: float
     node: int = 0
-    per_chip: int = 1
 
     @property
     def is_tpu(self) -> bool:
@@ -50,12 +55,108 @@ HARDWARE = (
     Hardware("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 50e9, 3.1e9),
     Hardware("v5p", ("TPU v5",), 459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9),  # the one that is not "lite"
     Hardware("v6e", ("TPU v6",), 918e12, 31.25 * GIB, 1638e9, 100e9, 12.5e9),
-    Hardware("tpu7x", ("TPU7x", "TPU v7"), 1153.5e12, 94.75 * GIB, 3690e9, 100e9, 12.5e9, per_chip=2),
+    Hardware("tpu7x", ("TPU7x", "TPU v7"), 1153.5e12, 94.75 * GIB, 3690e9, 100e9, 12.5e9),  # half a chip
     Hardware("a100", ("A100",), 312e12, 80e9, 2039e9, 300e9, 25e9, node=8),
     Hardware("h100", ("H100",), 989.4e12, 80e9, 3352e9, 450e9, 50e9, node=8),
     Hardware("h200", ("H200",), 989.4e12, 141e9, 4800e9, 450e9, 50e9, node=8),
     Hardware("b200", ("B200",), 2250e12, 180e9, 7700e9, 900e9, 50e9, node=8),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rented:
+    """A kind of device as clouds rent it out.
+
+    Attributes:
+      gke: the value of GKE's node label for it.
+      skypilot: SkyPilot's name for it, of so many ``chips`` or ``cores``; empty: it has none.
+      torus: dimensions that a topology is written in; 0: GPUs, by their number.
+      devices_per_chip: how many JAX sees in a chip.
+    """
+
+    gke: str
+    skypilot: str
+    torus: int = 0
+    devices_per_chip: int = 1
+
+
+RENTED = {
+    "v4": Rented("tpu-v4-podslice", "tpu-v4-{cores}", torus=3),
+    "v5e": Rented("tpu-v5-lite-podslice", "tpu-v5litepod-{chips}", torus=2),
+    "v5p": Rented("tpu-v5p-slice", "tpu-v5p-{cores}", torus=3),
+    "v6e": Rented("tpu-v6e-slice", "tpu-v6e-{chips}", torus=2),
+    "tpu7x": Rented("tpu7x", "", torus=3, devices_per_chip=2),
+    "a100": Rented("nvidia-a100-80gb", "A100-80GB"),
+    "h100": Rented("nvidia-h100-80gb", "H100"),
+    "h200": Rented("nvidia-h200-141gb", "H200"),
+    "b200": Rented("nvidia-b200", "B200"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Devices of one kind, as ``KIND:SIZE`` asks for them.
+
+    Attributes:
+      name: as they were asked for.
+      hardware: the kind.
+      shape: chips along each dimension of the torus (TPU), or how many there are alone (GPU).
+    """
+
+    name: str
+    hardware: Hardware
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        """Chips of a TPU topology, GPUs otherwise."""
+        return math.prod(self.shape)
+
+    @property
+    def rented(self) -> Rented:
+        """What clouds call them."""
+        return RENTED[self.hardware.name]
+
+    @property
+    def count(self) -> int:
+        """Devices as JAX counts them."""
+        return self.chips * self.rented.devices_per_chip
+
+    @property
+    def chips_per_host(self) -> int:
+        """Chips of one machine, as clouds rent topologies of several: four of a TPU, a node of GPUs."""
+        return min(self.chips, self.hardware.node or HOST_CHIPS)
+
+    @property
+    def hosts(self) -> int:
+        """Machines that they are spread over, with a process of lmx on each."""
+        return -(-self.chips // self.chips_per_host)
+
+
+def read_devices(name: str, others: Sequence[str] = ()) -> Devices:
+    """What ``v5p:8x8x16`` (chips along each dimension of the torus) or ``h100:64`` asks for.
+
+    Args:
+      others: what else may be written where the name is asked for; errors name it too.
+
+    Raises:
+      ConfigError: there is no such kind of device, or the number or shape is not one.
+    """
+    kind, _, size = name.partition(":")
+    hardware = next((one for one in HARDWARE if one.name == kind), None)
+    if hardware is None:
+        *most, last = "v5p:8x8x16", "h100:8", *others
+        raise ConfigError(
+            f"--devices {name!r} is no kind of device{nearest(kind, [*(one.name for one in HARDWARE), *others])}. "
+            f"Write {', '.join(most)} or {last}."
+        )
+    shape = r"[1-9]\d*(x[1-9]\d*){1,2}" if hardware.is_tpu else r"[1-9]\d*"
+    if not re.fullmatch(shape, size):
+        example = "chips along each dimension, as in v5e:4x4 or v5p:8x8x16" if hardware.is_tpu else "as in h100:64"
+        raise ConfigError(f"--devices {name!r} lacks how many devices there are: {example}.")
+    if not hardware.is_tpu and (int(size) > hardware.node and int(size) % hardware.node):
+        raise ConfigError(f"--devices {name!r}: {kind} comes in nodes of {hardware.node}; use a multiple of it.")
+    return Devices(name, hardware, tuple(map(int, size.split("x"))))
 
 
 def hardware_of(device: jax.Device) -> Hardware | None:

@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 
 from lmx.config import Mesh, Train
 from lmx.errors import ConfigError, nearest
-from lmx.parallel.hardware import HARDWARE, hardware_of
+from lmx.parallel.hardware import HARDWARE, Hardware
 
 # Slowest network first: neighbours of the last axis are neighbours of the machine.
 AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
@@ -23,31 +23,39 @@ def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.
       ConfigError: the sizes do not multiply to the number of devices; it says which sizes would.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    asked = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes[axis] != 1)
-    if free and len(devices) % fixed == 0:
-        sizes[free[0]] = len(devices) // fixed
-    elif fixed != len(devices) or free:
-        divisors = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
-        raise ConfigError(
-            f"the mesh ({asked or 'one device'}) needs {'a multiple of ' if free else ''}{fixed} devices, but there "
-            f"are {len(devices)}. Each axis must be one of {divisors}, and together they must multiply to "
-            f"{len(devices)}; one axis may be -1, which is what is left."
-        )
-    shape = tuple(sizes[axis] for axis in AXES)
+    shape = tuple(mesh_sizes(config, len(devices)).values())
     # Explicit axes, the default, reject Linen's sharding constraints.
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def on_hardware(config: Mesh, device: jax.Device) -> Mesh:
+def mesh_sizes(config: Mesh, devices: int) -> dict[str, int]:
+    """The size of every axis, in order, over so many devices.
+
+    Raises:
+      ConfigError: as :func:`make_mesh`.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    asked = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES if sizes[axis] != 1)
+    if free and devices % fixed == 0:
+        sizes[free[0]] = devices // fixed
+    elif fixed != devices or free:
+        divisors = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        raise ConfigError(
+            f"the mesh ({asked or 'one device'}) needs {'a multiple of ' if free else ''}{fixed} devices, but there "
+            f"are {devices}. Each axis must be one of {divisors}, and together they must multiply to "
+            f"{devices}; one axis may be -1, which is what is left."
+        )
+    return sizes
+
+
+def on_hardware(config: Mesh, hardware: Hardware | None) -> Mesh:
     """``config`` with the sizes that ``config.on`` has for this kind of device, or for any, unless sizes were given.
 
     Raises:
       ConfigError: an entry is not ``KIND: AXIS=SIZE, …``.
     """
-    hardware = hardware_of(device)
     entries = dict(_parse_entry(entry) for entry in config.on)
     given = any(getattr(config, axis) != getattr(Mesh(), axis) for axis in AXES)
     sizes = entries.get(hardware.name if hardware else "any", entries.get("any"))
@@ -70,7 +78,7 @@ def _parse_entry(entry: str) -> tuple[str, dict[str, int]]:
     return kind, dict.fromkeys(AXES, 1) | free | found
 
 
-def batch_shards(mesh: jax.sharding.Mesh) -> int:
+def batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Parts that the mesh cuts a batch into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -101,7 +109,7 @@ class BatchSplit:
         )
 
 
-def split_batch(train: Train, mesh: jax.sharding.Mesh) -> BatchSplit:
+def split_batch(train: Train, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> BatchSplit:
     """Derives the split from the mesh and ``train.max_rows_per_device``: the fewest micro-batches that fit.
 
     Raises:

@@ -10,12 +10,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmx.config import Mesh
 from lmx.errors import ConfigError, nearest
-from lmx.parallel.mesh import AXES, BATCH_AXES, make_mesh, on_hardware
+from lmx.parallel.hardware import Hardware, hardware_of
+from lmx.parallel.mesh import AXES, BATCH_AXES, make_mesh, mesh_sizes, on_hardware
 
 # Where each logical axis goes, if it can: of several mesh axes the first is the outermost. This is the whole of
 # data parallelism, ZeRO (Rajbhandari et al. 2020), Megatron's tensor and sequence parallelism (Shoeybi et al. 2019;
@@ -54,7 +55,7 @@ class Layout:
       stage_rounds: times that each of them goes round the stages.
     """
 
-    mesh: jax.sharding.Mesh
+    mesh: jax.sharding.Mesh | AbstractMesh
     rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: RULES)
     stage_microbatches: int | None = None
     stage_rounds: int = 1
@@ -66,9 +67,19 @@ class Layout:
         Raises:
           ConfigError: the sizes do not multiply to the number of devices, or a rule names an axis that is not there.
         """
-        config = on_hardware(config, (jax.devices() if devices is None else devices)[0])
-        rules = RULES | dict(map(_parse_rule, config.rules))
-        return cls(make_mesh(config, devices), rules, config.stage_microbatches, config.stage_rounds)
+        config = on_hardware(config, hardware_of((jax.devices() if devices is None else devices)[0]))
+        return cls(make_mesh(config, devices), _rules(config), config.stage_microbatches, config.stage_rounds)
+
+    @classmethod
+    def abstract(cls, config: Mesh, hardware: Hardware, devices: int) -> "Layout":
+        """The same over so many devices that are not there: to be checked, not to place anything by.
+
+        Raises:
+          ConfigError: as :meth:`of`.
+        """
+        config = on_hardware(config, hardware)
+        sizes = tuple(mesh_sizes(config, devices).values())
+        return cls(AbstractMesh(sizes, AXES), _rules(config), config.stage_microbatches, config.stage_rounds)
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """The mesh axes of a logical axis that have more than one device."""
@@ -231,6 +242,10 @@ def moved_dimensions(boxed: Any, layout: Layout) -> list[str]:
                         f"({layout.mesh.shape[axis]}), {instead}"
                     )
     return found
+
+
+def _rules(config: Mesh) -> dict[str, tuple[str, ...]]:
+    return RULES | dict(map(_parse_rule, config.rules))
 
 
 def _parse_rule(rule: str) -> tuple[str, tuple[str, ...]]:

@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import math
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ from typing import Any
 
 import jax
 
-from lmx.errors import ConfigError, nearest
-from lmx.parallel.hardware import HARDWARE, Hardware, hardware_of
+from lmx.errors import ConfigError
+from lmx.parallel.hardware import Hardware, hardware_of, read_devices
 
 HERE = "here"
 # What XLA's GPU compiler has to be told of a card that is not there (GpuTargetConfigProto), by compute capability: SMs,
@@ -88,24 +87,13 @@ def open_target(name: str) -> Target:
     if name == HERE:
         devices = tuple(jax.devices())
         return Target(name, devices, hardware_of(devices[0]))
-    kind, _, size = name.partition(":")
-    hardware = next((one for one in HARDWARE if one.name == kind), None)
-    if hardware is None:
-        raise ConfigError(
-            f"--devices {name!r} is no kind of device{nearest(kind, [one.name for one in HARDWARE] + [HERE])}. Write "
-            "v5p:8x8x16, h100:8 or here."
-        )
-    shape = r"[1-9]\d*(x[1-9]\d*){1,2}" if hardware.is_tpu else r"[1-9]\d*"
-    if not re.fullmatch(shape, size):
-        example = "chips along each dimension, as in v5e:4x4 or v5p:8x8x16" if hardware.is_tpu else "as in h100:64"
-        raise ConfigError(f"--devices {name!r} lacks how many devices there are: {example}.")
-    if not hardware.is_tpu and (int(size) > hardware.node and int(size) % hardware.node):
-        raise ConfigError(f"--devices {name!r}: {kind} comes in nodes of {hardware.node}; use a multiple of it.")
+    asked = read_devices(name, others=(HERE,))
+    hardware = asked.hardware
     extra, package = ("plan", "libtpu") if hardware.is_tpu else ("gpu", "jax_cuda13_plugin")
     if importlib.util.find_spec(package) is None:
-        count = hardware.per_chip * math.prod(int(part) for part in size.split("x"))
-        return Target(name, tuple(AbsentDevice(i, hardware.kinds[0]) for i in range(count)), hardware, lacks=extra)
-    return Target(name, tuple(_tpu_devices(name) if hardware.is_tpu else _gpu_devices(hardware, int(size))), hardware)
+        absent = (AbsentDevice(i, hardware.kinds[0]) for i in range(asked.count))
+        return Target(name, tuple(absent), hardware, lacks=extra)
+    return Target(name, tuple(_tpu_devices(name) if hardware.is_tpu else _gpu_devices(hardware, asked.chips)), hardware)
 
 
 def _tpu_devices(name: str) -> list[jax.Device]:

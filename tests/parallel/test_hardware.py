@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lmx.parallel.hardware import hardware_of
+from lmx.parallel.hardware import hardware_of, read_devices
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,11 @@ def test_kinds_are_told_apart(kind, name):
 
 def test_a_cpu_is_not_known():
     assert hardware_of(SimpleNamespace(device_kind="cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "chips"), [("v5p:8x8x16", (8, 8, 16), 1024), ("v5e:4x4", (4, 4), 16), ("h100:64", (64,), 64)]
+)
+def test_a_request_is_a_kind_and_a_shape(name, shape, chips):
+    devices = read_devices(name)
+    assert (devices.hardware.name, devices.shape, devices.chips) == (name.partition(":")[0], shape, chips)

@@ -1,13 +1,13 @@
 """The mesh and the split of the batch: derived, never guessed; what does not fit says what would."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import pytest
 
 from lmx.config import Mesh, Train
 from lmx.errors import ConfigError
+from lmx.parallel.hardware import read_devices
 from lmx.parallel.mesh import make_mesh, on_hardware, split_batch
 
 
@@ -28,17 +28,17 @@ def test_neighbours_on_the_tensor_axis_are_neighbours_of_the_machine():
     assert [axis for axis, size in mesh.shape.items() if size > 1] == ["stage", "fsdp", "tensor"]
 
 
-H100 = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")
+H100 = read_devices("h100:8").hardware
 
 
 def test_sizes_for_a_kind_of_device_hold_there_alone_and_only_where_none_are_given():
     config = Mesh(on=("v5p: fsdp=-1, tensor=4", "h100: data=-1, fsdp=8"))
-    assert on_hardware(config, jax.devices()[0]) == config
+    assert on_hardware(config, None) == config
     found = on_hardware(config, H100)
     assert (found.data, found.fsdp, found.tensor) == (-1, 8, 1)
     given = dataclasses.replace(config, tensor=2)
     assert on_hardware(given, H100) == given
-    found = on_hardware(config, SimpleNamespace(device_kind="TPU v5p"))
+    found = on_hardware(config, read_devices("v5p:2x2x2").hardware)
     assert (found.data, found.fsdp, found.tensor) == (1, -1, 4)
 
 

@@ -1,0 +1,1 @@
+"""Jobs on several machines: an engine's own file for ``lmx train``, and its hand-over to that engine."""
