@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
 from lmx.config import Mesh, Train
@@ -24,8 +25,12 @@ def make_mesh(config: Mesh, devices: Sequence[jax.Device] | None = None) -> jax.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = tuple(mesh_sizes(config, len(devices)).values())
-    # Explicit axes, the default, reject Linen's sharding constraints.
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)  # Explicit axes, the default, reject Linen's sharding constraints
+    try:
+        return jax.make_mesh(shape, AXES, types, devices=devices)
+    except NotImplementedError:  # an axis is no product of the torus's dimensions: let it have a part of one
+        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(split, AXES, axis_types=types)
 
 
 def mesh_sizes(config: Mesh, devices: int) -> dict[str, int]:

@@ -100,9 +100,11 @@ def _tpu_devices(name: str) -> list[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
 
+    # A v4 chip is one device on real machines; this compiler would have it as two, which no mesh is made of.
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
         with quiet():
-            return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+            return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--devices {name!r} is not a topology that the TPU compiler knows: {reason}") from error

@@ -11,6 +11,18 @@ from lmx.parallel.hardware import read_devices
 from lmx.parallel.mesh import make_mesh, on_hardware, split_batch
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU as a mesh looks at."""
+
+    id: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+
+
 def test_minus_one_is_what_is_left():
     shape = make_mesh(Mesh(data=-1, fsdp=2, tensor=2), jax.devices()).shape
     assert (shape["data"], shape["fsdp"], shape["tensor"], shape["stage"]) == (2, 2, 2, 1)
@@ -20,6 +32,15 @@ def test_minus_one_is_what_is_left():
 def test_sizes_that_do_not_fit_say_which_would(sizes):
     with pytest.raises(ConfigError, match=r"there are 8.*1, 2, 4, 8"):
         make_mesh(sizes, jax.devices())
+
+
+def test_an_axis_may_have_a_part_of_a_dimension_of_the_torus():
+    """Eight devices of a 4 x 4 x 4 torus are a whole dimension and half of another one, which JAX refuses at first."""
+    torus = [Chip(i, (i // 16, i // 4 % 4, i % 4)) for i in range(64)]
+    mesh = make_mesh(Mesh(data=1, fsdp=-1, tensor=8), torus)
+    assert (mesh.shape["fsdp"], mesh.shape["tensor"]) == (8, 8)
+    for row in mesh.devices.reshape(8, 8):  # neighbours stay near: no row spans all three dimensions in full
+        assert sorted(len({chip.coords[i] for chip in row}) for i in range(3)) == [1, 2, 4]
 
 
 def test_neighbours_on_the_tensor_axis_are_neighbours_of_the_machine():
