@@ -28,7 +28,7 @@ PRESETS = (
     ("gpt3.py:13b", "h100:64"),
 )
 SCALED, ROWS_A_CHIP = "gpt3.py:6.7b", 4
-TORI = ("2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+TORI = ("2x2x4", "4x4x4", "4x8x8", "8x8x16", "8x16x16")
 
 
 def plan(config: str, devices: str, *overrides: str) -> dict:
