@@ -1,6 +1,7 @@
 """The loop: from a config and a workdir to a trained model, whatever interrupts it."""
 
 import dataclasses
+import itertools
 import math
 import signal
 from pathlib import Path
@@ -101,7 +102,7 @@ class _Run:
         self.latest = {name: value for line in self.writer.resumed for name, value in line.items() if name != "step"}
         self.pending: list[dict] = []  # metrics of the steps since the last line, still on the device
         self.throughput = throughput(experiment)
-        self.tokens = 0  # of this process since the last line
+        self.tokens = self.places = 0  # of this process since the last line: places hold tokens or padding
 
     def loop(self, interrupt: Interrupt) -> str:
         """Trains until something ends it; returns what did."""
@@ -146,7 +147,9 @@ class _Run:
     def _advance(self) -> None:
         """One step; returns as soon as the device has it to do."""
         batch = next(self.batches)
-        self.tokens += sum(int((batch[name] > 0).sum()) for name in batch if name.endswith("segments"))
+        for segments in (batch[name] for name in batch if name.endswith("segments")):
+            self.tokens += int((segments > 0).sum())
+            self.places += segments.size
         self.state, metrics = self.train_step(self.state, put_batch(batch, self.experiment.mesh))
         self.pending.append(metrics)
         self.step += 1
@@ -165,13 +168,15 @@ class _Run:
         """Means since the last line, with the speed; a value that is not finite ends the run."""
         fetched, self.pending = jax.device_get(self.pending), []
         copies = jax.process_count() // host_share(self.experiment.mesh)[1]  # of every row, over the processes
-        self.throughput.count(int(gather([self.tokens]).sum()) // copies)
-        self.tokens = 0
+        tokens, places = gather([[self.tokens, self.places]]).reshape(-1, 2).sum(axis=0).tolist()
+        self.throughput.count(tokens // copies)
+        self.tokens = self.places = 0
         for step, metrics in enumerate(fetched, start=self.step - len(fetched) + 1):
             broken = sorted(name for name, (total, _) in metrics.items() if not math.isfinite(total))
             if broken:
                 raise self._diverged(step, broken)
-        return {f"train/{name}": value for name, value in means(fetched).items()} | self.throughput.read()
+        metrics = {f"train/{name}": value for name, value in means(fetched).items()} | self.throughput.read()
+        return metrics | {"packing_efficiency": tokens / places}
 
     def _write(self, metrics: dict[str, float]) -> None:
         self.writer.write(self.step, metrics)
@@ -210,17 +215,21 @@ class _Run:
 def evaluate(experiment: Experiment, eval_step: Any, params: Any, source: str | None = None) -> dict[str, float]:
     """Means over the held-out data, each row once: ``eval/loss`` (nats) and the objective's other terms.
 
+    Of a mixture also ``eval/loss/NAME`` and the other terms of each source, over its own rows.
+
     Args:
       eval_step: of :func:`compiled_eval_step`.
       params: the parameters to score, on the mesh.
       source: other data than the config's ``data.eval``.
     """
-    terms, limit = [], experiment.config.eval.max_batches
-    for index, batch in enumerate(experiment.eval_batches(source)):
-        if limit and index == limit:
-            break
-        terms.append(eval_step(params, put_batch(batch, experiment.mesh)))
-    return {f"eval/{name}": value for name, value in means(jax.device_get(terms)).items()}
+    terms, limit = {}, experiment.config.eval.max_batches or None
+    for name, batches in experiment.eval_batches_by_source(source).items():
+        own = [eval_step(params, put_batch(batch, experiment.mesh)) for batch in itertools.islice(batches, limit)]
+        terms[name] = jax.device_get(own)
+    found = {f"eval/{term}": value for term, value in means(sum(terms.values(), [])).items()}
+    for name, own in terms.items() if len(terms) > 1 else ():
+        found |= {f"eval/{term}/{name}": value for term, value in means(own).items()}
+    return found
 
 
 def means(metrics: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
@@ -279,5 +288,7 @@ def _print_header(experiment: Experiment, workdir: Path, console: Console) -> No
     }
     for name, value in lines.items():
         console.print(f"[bold]{name:>11}[/]  {value}", highlight=False)
+    for line in experiment.describe_data():
+        console.print(f"[bold]{'data':>11}[/]  {line}", highlight=False)
     for warning in moved_dimensions(boxed, experiment.layout):
         console.print(f"[yellow]{'sharding':>11}[/]  {warning}", highlight=False)
