@@ -72,7 +72,9 @@ class ParquetRecords(Sequence):
             from pyarrow import parquet
 
             try:
-                self._files[number] = parquet.ParquetFile(self._paths[number], memory_map=True)
+                self._files[number] = parquet.ParquetFile(
+                    self._paths[number], memory_map=True, page_checksum_verification=True
+                )
             except (pyarrow.ArrowException, OSError) as error:
                 raise DataError(f"{self._paths[number]} cannot be read as Parquet: {error}") from error
         return self._files[number]

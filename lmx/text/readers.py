@@ -3,6 +3,7 @@
 import glob
 import gzip
 import hashlib
+import importlib
 import itertools
 import json
 import lzma
@@ -255,6 +256,18 @@ class _TfdsRecords(Sequence):
         return {name: plain(value) for name, value in self._data_source[index].items()}
 
 
+def import_tfds(purpose: str) -> Any:
+    """The module tensorflow_datasets, with its data sets of text; an LmxError where it is not installed."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise missing_extra("tensorflow-datasets", "tfds", purpose) from None
+    # It registers its data sets kind by kind, and stops without a word at the first kind that needs TensorFlow.
+    for kind in ("text", "translate", "summarization"):
+        importlib.import_module(f"tensorflow_datasets.{kind}")
+    return tfds
+
+
 def read_tfds(name: str, fields: Sequence[str]) -> Sequence[Record]:
     """A split of a TFDS dataset, which is downloaded and prepared first where it is not on disk yet.
 
@@ -262,10 +275,7 @@ def read_tfds(name: str, fields: Sequence[str]) -> Sequence[Record]:
     """
     name, _, split = name.partition("@")
     split = split or "train"
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError:
-        raise missing_extra("tensorflow-datasets", "tfds", f"the source tfds:{name}") from None
+    tfds = import_tfds(f"the source tfds:{name}")
     folder = {"data_dir": os.environ["TFDS_DATA_DIR"]} if "TFDS_DATA_DIR" in os.environ else {}
     try:
         if (Path(name).expanduser() / "dataset_info.json").is_file():
