@@ -102,7 +102,7 @@ class _Run:
         self.latest = {name: value for line in self.writer.resumed for name, value in line.items() if name != "step"}
         self.pending: list[dict] = []  # metrics of the steps since the last line, still on the device
         self.throughput = throughput(experiment)
-        self.tokens = self.places = 0  # of this process since the last line: places hold tokens or padding
+        self.tokens = 0  # of this process since the last line
 
     def loop(self, interrupt: Interrupt) -> str:
         """Trains until something ends it; returns what did."""
@@ -147,9 +147,7 @@ class _Run:
     def _advance(self) -> None:
         """One step; returns as soon as the device has it to do."""
         batch = next(self.batches)
-        for segments in (batch[name] for name in batch if name.endswith("segments")):
-            self.tokens += int((segments > 0).sum())
-            self.places += segments.size
+        self.tokens += sum(int((batch[name] > 0).sum()) for name in batch if name.endswith("segments"))
         self.state, metrics = self.train_step(self.state, put_batch(batch, self.experiment.mesh))
         self.pending.append(metrics)
         self.step += 1
@@ -168,15 +166,13 @@ class _Run:
         """Means since the last line, with the speed; a value that is not finite ends the run."""
         fetched, self.pending = jax.device_get(self.pending), []
         copies = jax.process_count() // host_share(self.experiment.mesh)[1]  # of every row, over the processes
-        tokens, places = gather([[self.tokens, self.places]]).reshape(-1, 2).sum(axis=0).tolist()
-        self.throughput.count(tokens // copies)
-        self.tokens = self.places = 0
+        self.throughput.count(int(gather([self.tokens]).sum()) // copies)
+        self.tokens = 0
         for step, metrics in enumerate(fetched, start=self.step - len(fetched) + 1):
             broken = sorted(name for name, (total, _) in metrics.items() if not math.isfinite(total))
             if broken:
                 raise self._diverged(step, broken)
-        metrics = {f"train/{name}": value for name, value in means(fetched).items()} | self.throughput.read()
-        return metrics | {"packing_efficiency": tokens / places}
+        return {f"train/{name}": value for name, value in means(fetched).items()} | self.throughput.read()
 
     def _write(self, metrics: dict[str, float]) -> None:
         self.writer.write(self.step, metrics)
