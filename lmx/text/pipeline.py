@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmx.config import Config, Data
+from lmx.text.best_fit import EXAMPLES_AT_ONCE, BestFit, Example
 from lmx.text.corpora import Source
 from lmx.text.lengths import fitted_records
 from lmx.text.mixing import Selection, check_epochs, mixing_shares, too_short
@@ -23,11 +24,9 @@ if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
-Example = Mapping[str, Any]
 Place = tuple[int, int, int]  # source of the mixture, its row, epoch
 
 PADDING: tuple = ()  # in the place of a Place: a row of zeros
-PREFIXES = ("", "encoder_", "decoder_")
 BATCHES_AHEAD = 4
 
 
@@ -89,7 +88,7 @@ def make_batches(
         places = grain.MapDataset.range(num_examples + fill).map(_InOrder(examples.counts))
     stream = places.map(examples)
     if packing:
-        batches = _packed(FromIndex(stream, num_workers, read_ahead=0), layout, rows, process_index, process_count)
+        batches = _packed(stream, layout, num_workers, rows, process_index, process_count)
         if train:
             batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD)
     else:
@@ -104,21 +103,18 @@ def example_counts(source: Source, tokenizer: Tokenizer, objective: Any, config:
 
 
 def _packed(
-    examples: "grain.IterDataset", layout: "_Layout", rows: int, process_index: int, process_count: int
+    examples: "grain.MapDataset", layout: "_Layout", num_workers: int, rows: int, process_index: int, process_count: int
 ) -> "grain.IterDataset":
-    """This host's part of batches of ``rows`` rows, each with as many examples as best-fit finds room for."""
+    """This host's part of batches of ``rows`` rows, each with as many examples as best fit finds room for."""
     import grain
 
-    contents = {name: length for name, length in layout.lengths.items() if not name.endswith(("segments", "positions"))}
-    packed = grain.experimental.BestFitPackIterDataset(
-        examples,
-        length_struct=contents,
-        num_packing_bins=rows,  # a round of packing is a batch
-        shuffle_bins=False,
-    )
+    from lmx.text.resumable import Flat, FromIndex
+
+    lists = examples.batch(EXAMPLES_AT_ONCE, batch_fn=BestFit(layout.lengths))
+    packed = grain.experimental.FlatMapIterDataset(FromIndex(lists, num_workers, read_ahead=0), Flat())
     share = rows // process_count
     own = _HostRows(layout, process_index * share, (process_index + 1) * share, rows)
-    return packed.map(_with_grains_segments).batch(rows, batch_fn=own)
+    return packed.batch(rows, batch_fn=own)
 
 
 def _endless_places(
@@ -250,13 +246,3 @@ class _HostRows:
     def __call__(self, rows: Sequence[Example]) -> Batch:
         filled = [*rows, *[{}] * (self.total - len(rows))]
         return self.layout.stack(filled[self.start : self.stop])
-
-
-def _with_grains_segments(row: Example) -> Example:
-    """Grain numbers the examples in each array of a packed row; one numbering stands for all arrays of a stack."""
-    named = {name: value for name, value in row.items() if not name.endswith(("_segment_ids", "_positions"))}
-    for prefix in PREFIXES:
-        if f"{prefix}tokens" in row:
-            named[f"{prefix}segments"] = row[f"{prefix}tokens_segment_ids"]
-            named[f"{prefix}positions"] = row[f"{prefix}tokens_positions"]
-    return named

@@ -11,7 +11,7 @@ from lmx.text.corpora import Mixture, open_source, source_names
 from lmx.text.mixing import Selection, mixing_shares
 
 from .stubs import Pairs, Rows
-from .test_pipeline import batches, documents, take
+from .test_pipeline import batches, documents, few_at_once, take  # noqa: F401
 
 SHARES = [(7, 3), (1, 1), (1, 999), (1, 2, 3, 5), (1, 1, 1), (3,)]
 

@@ -14,6 +14,13 @@ from lmx.text.pipeline import make_batches
 from lmx.text.tokenizers import ByteTokenizer
 from tests.text.stubs import Labels, Pairs, Rows
 
+
+@pytest.fixture(autouse=True)
+def few_at_once(monkeypatch):
+    """Several lists of examples to pack in a short stream, and less time spent on Grain's order of very few records."""
+    monkeypatch.setattr("lmx.text.pipeline.EXAMPLES_AT_ONCE", 24)
+
+
 FIRST = 5  # the id of byte 0
 TOKENIZER = ByteTokenizer()
 
@@ -222,10 +229,10 @@ def test_packed_examples_are_all_there_and_apart():
 
 
 def test_packing_finds_the_row_that_an_example_fits_best():
-    source = Records("pairs", [{"source": "x" * size, "target": "x" * size} for size in (6, 7, 3, 4)])
-    taken = list(batches(source, Pairs(length=10), train=False, batch_size=2))
+    source = Records("pairs", [{"source": "x" * size, "target": "x" * size} for size in (3, 6, 4, 1, 7, 2)])
+    taken = list(batches(source, Pairs(length=10), train=False, batch_size=3))
     rows = [np.bincount(row)[1:].tolist() for batch in taken for row in batch["encoder_segments"]]
-    assert rows == [[6, 4], [7, 3]]  # the first that fits would leave no room for the last
+    assert rows == [[3, 7], [6, 4], [1, 2]]  # in their order, the first that fits takes one row more
 
 
 def test_without_packing_an_example_has_its_row():
