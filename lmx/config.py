@@ -94,8 +94,8 @@ class Data:
     )
     tasks: tuple[str, ...] = option(
         (),
-        'Tasks of your own for task:NAME, each \'{"name": "…", "source": "jsonl:…", "input": "say: {text}", "target": '
-        '"{label}"}\'.',
+        'Tasks of your own for task:NAME, a JSON object each: {"name": "topic", "source": "jsonl:{split}.jsonl", '
+        '"input": "topic: {text}", "target": "{label}"}, and "labels": [...], names for the numbers in label.',
     )
     text_field: str = option("text", "Field of a record that holds the text.")
     pair_field: str = option(
