@@ -232,7 +232,8 @@ class LanguageModel:
           LmxError: the model is no classifier, a text has no room, or a label is unknown.
         """
         self._check_classifier()
-        config = self.config.replace(data={"length": length or self.config.data.length, "too_long": "cut"})
+        data = self.config.data
+        config = self.config.replace(data={"length": data.length if length is None else length, "too_long": "cut"})
         objective = make_objective(config, self.tokenizer)
         records = [self._record(text) for text in _as_list(texts)]
         if not records or (labels is not None and len(labels) != len(records)):

@@ -11,7 +11,7 @@ from lmx.text.corpora import Source
 from lmx.text.packing import Progress
 from lmx.text.readers import Record
 
-PIECE = "piece of the record"  # the field that says which one, in an example of a record that is split
+PIECE = "piece of the record"  # the field of an example that says which one of its record it is
 
 
 class FittedRecords(Sequence[Record]):

@@ -47,6 +47,8 @@ def column(path: str) -> str:
 def lookup(where: str, record: Record, path: str) -> Any:
     """What a record holds at ``field`` or at a path ``field[key][0]``; a DataError where there is no such place."""
     name = column(path)
+    if path in record:
+        return plain(record[path])
     if name not in record:
         raise DataError(
             f"{where} has no field {name!r}{nearest(name, record)}. The data section names the fields to read: "

@@ -94,7 +94,7 @@ class Experiment:
             source = self.sources[data.train]
             counts = example_counts(source, self.tokenizer, self.objective, self.config)
             shares = zip(self.objective.sources, mixing_shares(source, counts, data), counts, strict=True)
-            lines += [f"{name}: {float(share):.2%} of {count:,} examples' draws" for name, share, count in shares]
+            lines += [f"{name}: {float(share):.2%} of training, {count:,} examples" for name, share, count in shares]
         if self.objective.cut is None and data.too_long != "error":
             parts = [part for source in self.sources.values() for part in source.sources]
             lines += filter(None, (fitted_records(part, self.objective, data.too_long).note for part in parts))
