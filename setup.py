@@ -5,6 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TFDS = ["tensorflow-datasets>=4.9.9", "importlib_resources", "array_record>=0.8"]
+PARQUET = ["pyarrow>=18"]
+DATASETS = ["datasets>=4"]
 HF = ["tokenizers>=0.21", "safetensors>=0.5", "huggingface_hub>=0.30", "jinja2>=3.1", "protobuf>=5", "gguf>=0.17"]
 TORCH = ["torch>=2.6"]
 PEERS = ["torch==2.13.0", "transformers>=5.17"]
@@ -40,9 +42,11 @@ setup(
     ],
     extras_require={
         "tfds": TFDS,
+        "parquet": PARQUET,
+        "datasets": DATASETS,
         "hf": HF + TORCH,
         "notebooks": NOTEBOOKS,
-        "test": TEST + LAUNCH + TFDS + HF + NOTEBOOKS + PEERS + REAL,
+        "test": TEST + LAUNCH + TFDS + PARQUET + DATASETS + HF + NOTEBOOKS + PEERS + REAL,
         "bench": PEERS + REAL,
         "plan": ["libtpu; python_version>='3.12' and platform_system=='Linux'"],
         "launch": LAUNCH + ["skypilot>=0.14"],

@@ -28,7 +28,7 @@ def get_config(variant="base"):
     config = Config(
         model=Model(architecture="encoder", heads=("classification",), num_classes=2, head_dropout=0.1),
         objective=Objective(name="classification"),
-        data=Data(train="jsonl:train.jsonl", eval="jsonl:eval.jsonl", length=128),
+        data=Data(train="jsonl:train.jsonl", eval="jsonl:eval.jsonl", length=128, too_long="cut"),
         optimizer=Optimizer(
             learning_rate=1e-5, schedule="linear", warmup_steps=0, end_fraction=0.0, b2=0.999, weight_decay=0.01
         ),

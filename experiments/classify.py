@@ -48,7 +48,7 @@ def get_config(variant="base"):
             head_dropout=0.1,
         ),
         objective=Objective(name="classification"),
-        data=Data(train="jsonl:train.jsonl", eval="jsonl:eval.jsonl", length=128),
+        data=Data(train="jsonl:train.jsonl", eval="jsonl:eval.jsonl", length=128, too_long="cut"),
         tokenizer=Tokenizer(kind="sentencepiece", vocab_size=30522, lowercase=True),
         optimizer=Optimizer(
             learning_rate=3e-5,

@@ -66,13 +66,41 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Which text, cut and batched how. Sources: builtin:NAME, text:GLOB, jsonl:FILE, tfds:NAME@SPLIT (train if not
-    named), each with an optional slice as in TFDS (``[:90%]``), or a weighted mixture ``0.7*SOURCE + 0.3*SOURCE``."""
+    """Which text, cut and batched how. Sources: builtin:NAME, text:GLOB, jsonl:FILE, parquet:GLOB, tfds:NAME@SPLIT,
+    hf:NAME@SPLIT, task:NAME@SPLIT (train if not named), each with an optional slice as in TFDS (``[:90%]``), or a
+    mixture, ``0.7*SOURCE + 0.3*SOURCE`` by weight, ``SOURCE + SOURCE`` by size."""
 
-    train: str = option("builtin:python_manual[:90%]", "Training source.")
-    eval: str = option("builtin:python_manual[90%:]", "Held-out source.")
+    train: str = option(
+        "builtin:python_manual[:90%]",
+        "Training source: builtin:NAME, text:GLOB, jsonl:FILE, parquet:GLOB, tfds:NAME@SPLIT, hf:NAME@SPLIT or "
+        "task:NAME@SPLIT, with an optional slice, [:90%]; or a mixture, 0.7*SOURCE + 0.3*SOURCE.",
+    )
+    eval: str = option(
+        "builtin:python_manual[90%:]", "Held-out source; each part of a mixture is scored by itself too."
+    )
+    mixing: str = option(
+        "weights",
+        "What a mixture's parts are drawn by: the weights written before them, or in proportion to their examples.",
+        choices=("weights", "proportional"),
+    )
+    mixing_limit: int = option(
+        0, "Examples beyond so many do not raise the share of a source (proportional); 0: all of them do.", low=0
+    )
+    mixing_temperature: float = option(
+        1.0, "Shares are raised to the power of 1 / this (proportional): 1 is by size, more is more even.", low=1
+    )
+    max_epochs: int = option(
+        0, "Most times that training goes through a source before it stops with an error; 0: any number.", low=0
+    )
+    tasks: tuple[str, ...] = option(
+        (),
+        'Tasks of your own for task:NAME, a JSON object each: {"name": "topic", "source": "jsonl:{split}.jsonl", '
+        '"input": "topic: {text}", "target": "{label}"}, and "labels": [...], names for the numbers in label.',
+    )
     text_field: str = option("text", "Field of a record that holds the text.")
-    pair_field: str = option("", "Field of the second text of a pair; empty: single texts.")
+    pair_field: str = option(
+        "", "Field of the second text of a pair; empty: single texts, or the pair that a known tfds: set holds."
+    )
     source_field: str = option("source", "Field of the input text (seq2seq).")
     target_field: str = option("target", "Field of the output text (seq2seq).")
     label_field: str = option("label", "Field of the label (classification).")
@@ -80,6 +108,12 @@ class Data:
     length: int = option(512, "Tokens of a row; of the encoder's, where there are two stacks.", low=2)
     target_length: int = option(128, "Tokens of a decoder's row (seq2seq; span_corruption works it out).", low=2)
     packing: bool = option(True, "Several documents or examples in a row, without attending across.")
+    too_long: str = option(
+        "error",
+        "Records longer than a row (seq2seq, classification): an error; left out; split into several examples (single "
+        "texts); or cut. All but errors are counted and reported. Documents of other objectives are always split.",
+        choices=("error", "drop", "split", "cut"),
+    )
     shuffle: bool = option(True, "Training rows in a fresh random order each epoch.")
     num_workers: int = option(0, "Processes that prepare batches; 0: a thread of this one.", low=0)
 
@@ -192,7 +226,7 @@ class Eval:
     """Held-out evaluation."""
 
     batch_size: int | None = option(None, "Rows a batch; none: train.global_batch_size.", low=1)
-    max_batches: int = option(0, "Most batches an evaluation reads; 0: all of the held-out data.", low=0)
+    max_batches: int = option(0, "Most batches an evaluation reads of each held-out source; 0: all.", low=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ def check_together(config: "Config", periods: tuple[int, int]) -> None:
     _check_widths(config.model)
     _check_layers(config.model, periods)
     _check_objective(config)
+    _check_data(config)
     _check_mesh(config)
 
 
@@ -141,6 +142,25 @@ def _check_objective(config: "Config") -> None:
         model.position != "learned" or data.length <= model.max_length,
         f"data.length ({data.length}) is more than model.max_length ({model.max_length}), the positions that the "
         "learned table holds.",
+    )
+
+
+def _check_data(config: "Config") -> None:
+    data, name = config.data, config.objective.name
+    _require(
+        data.mixing == "proportional" or (data.mixing_limit, data.mixing_temperature) == (0, 1.0),
+        "data.mixing_limit and data.mixing_temperature are for shares by size: set data.mixing='proportional' too, or "
+        "leave them out.",
+    )
+    _require(
+        data.too_long != "split" or name != "seq2seq",
+        "data.too_long='split' cannot split a target together with its source; use 'error', 'drop' or 'cut', or raise "
+        "data.length and data.target_length.",
+    )
+    _require(
+        data.too_long != "split" or name != "classification" or not data.pair_field,
+        "data.too_long='split' is for single texts, and data.pair_field names a second one; use 'error', 'drop' or "
+        "'cut', or raise data.length.",
     )
 
 

@@ -200,7 +200,7 @@ class LanguageModel:
         return written[0] if isinstance(prompts, str) else written
 
     def predict(self, texts: str | Sequence[str | tuple[str, str]]) -> dict[str, Any] | list[dict[str, Any]]:
-        """The likeliest class of each text, or of each pair of texts.
+        """The likeliest class of each text, or of each pair of texts; what is longer than a row loses its end.
 
         Returns:
           ``{"label": str, "probability": float}`` a text, ``{"score": float}`` where the model predicts a number; a
@@ -222,7 +222,7 @@ class LanguageModel:
 
         Args:
           labels: the class of each, by name or index; with them ``lm.objective.terms`` gives the loss.
-          length: cut the texts so that no row has more tokens than this; none: as ``config.data.length`` has it.
+          length: cut the texts so that no row has more tokens than this; none: ``config.data.length``.
 
         Returns:
           ``tokens``, ``segments`` (0 is padding), ``positions`` and, where the model has them, ``token_types``, int32
@@ -232,7 +232,8 @@ class LanguageModel:
           LmxError: the model is no classifier, a text has no room, or a label is unknown.
         """
         self._check_classifier()
-        config = self.config if length is None else self.config.replace(data={"length": length})
+        data = self.config.data
+        config = self.config.replace(data={"length": data.length if length is None else length, "too_long": "cut"})
         objective = make_objective(config, self.tokenizer)
         records = [self._record(text) for text in _as_list(texts)]
         if not records or (labels is not None and len(labels) != len(records)):

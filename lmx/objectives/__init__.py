@@ -8,6 +8,7 @@ from lmx.objectives.mlm import MaskedLanguageModel
 from lmx.objectives.prefix_lm import PrefixLM
 from lmx.objectives.seq2seq import Seq2Seq
 from lmx.objectives.span_corruption import SpanCorruption
+from lmx.text.corpora import source_names
 from lmx.text.tokenizers import Tokenizer
 
 __all__ = ["OBJECTIVES", "Batch", "Example", "Objective", "make_objective"]
@@ -33,5 +34,7 @@ def make_objective(config: Config, tokenizer: Tokenizer) -> Objective:
       ConfigError: the tokenizer lacks a token that the objective needs, or lengths do not fit.
     """
     objective = OBJECTIVES[config.objective.name](config, tokenizer)
+    names = source_names(config.data.train)
+    objective.sources = names if len(names) > 1 else ()
     check_lengths(objective, config)
     return objective

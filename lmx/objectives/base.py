@@ -35,6 +35,7 @@ class Objective(abc.ABC):
       packable: several examples of records may share a row.
       dynamic: a row's example is drawn afresh each epoch.
       optimized: the terms whose means sum to the training loss.
+      sources: names of the sources of a training mixture, each of which gets a loss of its own; else none.
     """
 
     cut: Cut | None = None
@@ -42,6 +43,7 @@ class Objective(abc.ABC):
     packable: bool = False
     dynamic: bool = False
     optimized: tuple[str, ...] = ("loss",)
+    sources: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def view(self, row: Mapping[str, Any], rng: np.random.Generator, sample: Sample | None) -> Example:
@@ -52,6 +54,23 @@ class Objective(abc.ABC):
           rng: the only source of randomness.
           sample: ``sample(rng, length)`` draws a window of tokens from a random place of the corpus; none for records.
         """
+
+    def rows(self, record: Mapping[str, Any]) -> int:
+        """Rows that all of a record would fill, one or more; asked where ``data.too_long`` is not "error"."""
+        raise NotImplementedError(f"{type(self).__name__} takes no records")
+
+    def by_source(self, sums: Array, weights: Array, sources: Array | None) -> dict[str, Term]:
+        """``loss/NAME`` for every source of a training mixture; nothing where there is one source, or in evaluation.
+
+        Args:
+          sums: what the loss sums up, unweighted.
+          weights: their weights, of the same shape.
+          sources: which source each is of, of the same shape.
+        """
+        if sources is None:
+            return {}
+        own = {name: weights * (sources == number) for number, name in enumerate(self.sources)}
+        return {f"loss/{name}": (jnp.sum(sums * weight), jnp.sum(weight)) for name, weight in own.items()}
 
     @abc.abstractmethod
     def weights(self, batch: Batch) -> dict[str, Array]:
@@ -82,13 +101,18 @@ class TokenObjective(Objective):
         targets: Int[Array, "batch length"],
         weights: Float[Array, "batch length"],
         train: bool,
+        sources: Int[Array, "batch length"] | None = None,
     ) -> dict[str, Term]:
-        """``loss`` (nats a token) and ``accuracy`` (fraction of tokens whose most likely id is the target)."""
+        """``loss`` (nats a token) and ``accuracy`` (fraction of tokens whose most likely id is the target).
+
+        Of a training mixture also the loss of each source.
+        """
         smoothing, z_loss = (self.label_smoothing, self.z_loss) if train else (0.0, 0.0)
         nll = cross_entropy(logits, targets, smoothing, z_loss)
         correct = jnp.argmax(logits, axis=-1) == targets
         weight = jnp.sum(weights)
-        return {"loss": (jnp.sum(nll * weights), weight), "accuracy": (jnp.sum(correct * weights), weight)}
+        terms = {"loss": (jnp.sum(nll * weights), weight), "accuracy": (jnp.sum(correct * weights), weight)}
+        return terms | self.by_source(nll, weights, sources)
 
 
 def exact_match(

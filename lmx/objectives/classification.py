@@ -12,13 +12,15 @@ from lmx.config import Config
 from lmx.errors import ConfigError, DataError
 from lmx.kernels.cross_entropy import cross_entropy
 from lmx.objectives.base import Batch, Example, Objective, Sample, Term, one_segment, text_of
+from lmx.text.lengths import PIECE
 from lmx.text.tokenizers import Tokenizer
 
 
 class Classification(Objective):
     """``[CLS] text [SEP]``, or ``[CLS] first [SEP] second [SEP]`` with token types 0 and 1, and a label.
 
-    The special tokens are those of the tokenizer's ``frame``. Long texts lose their ends, the longer text of a pair
+    The special tokens are those of the tokenizer's ``frame``. A text that is too long is an error, or what
+    ``data.too_long`` says: left out; split into pieces that each have the label; or cut, the longer text of a pair
     first, as is usual for classifiers. A label is an index, or a name among ``data.labels``; for regression it
     is a number, and the loss is the squared error.
     """
@@ -37,7 +39,7 @@ class Classification(Objective):
                 f"there are {len(self.labels)} labels ({', '.join(self.labels)}) but model.num_classes is "
                 f"{self.num_classes}; set model.num_classes={len(self.labels)}."
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.too_long = tokenizer, data.too_long
         self.text_field, self.pair_field, self.label_field = data.text_field, data.pair_field, data.label_field
         num_texts = 2 if data.pair_field else 1
         self.frame = tokenizer.frame(pair=num_texts == 2)
@@ -55,20 +57,39 @@ class Classification(Objective):
                 f"a record has no field {self.label_field!r} (data.label_field); it has {', '.join(map(repr, record))}."
             )
         label = record[self.label_field]
-        return self.inputs(record) | {
+        parts = self._encode(record)
+        if self.too_long == "error" and sum(map(len, parts)) > self.room:
+            raise DataError(
+                f"the record that starts {str(record[self.text_field])[:60]!r} has {sum(map(len, parts))} tokens, more "
+                f"than the {self.room} that data.length leaves beside the special ones; raise data.length, or set "
+                "data.too_long to 'cut', 'split' or 'drop'."
+            )
+        if PIECE in record:
+            start = record[PIECE] * self.room
+            parts = [parts[0][start : start + self.room]]
+        return self._example(parts) | {
             "labels": self._number(label) if self.regression else self._class(label),
             "label_weights": np.float32(1),
         }
 
     def inputs(self, record: Mapping[str, Any]) -> Example:
-        """The example without its label: what prediction needs."""
+        """The example without its label: what prediction needs. A long text loses its end."""
+        return self._example(self._encode(record))
+
+    def rows(self, record: Mapping[str, Any]) -> int:
+        return max(1, -(-sum(map(len, self._encode(record))) // self.room))
+
+    def _encode(self, record: Mapping[str, Any]) -> list[list[int]]:
         texts = [text_of(record, self.text_field, "text_field")]
         if self.pair_field:
             texts.append(text_of(record, self.pair_field, "pair_field"))
         parts = [self.tokenizer.encode(text) for text in texts]
-        tokens, types = self.frame.around(truncate_longest(parts, self.room))
-        if not tokens:
+        if not any(parts) and not len(self.frame):
             raise DataError(f"the text of a record is empty and the tokenizer has no special tokens: {record!r}.")
+        return parts
+
+    def _example(self, parts: list[list[int]]) -> Example:
+        tokens, types = self.frame.around(truncate_longest(parts, self.room))
         example = one_segment(np.array(tokens, np.int32))
         if self.num_token_types:
             example["token_types"] = np.minimum(types, self.num_token_types - 1, dtype=np.int32)
@@ -102,10 +123,12 @@ class Classification(Objective):
         weight = jnp.sum(weights)
         if self.regression:
             squared_error = jnp.sum(jnp.square(outputs[:, 0] - labels) * weights)
-            return {"loss": (squared_error, weight), "mse": (squared_error, weight)}
+            terms = {"loss": (squared_error, weight), "mse": (squared_error, weight)}
+            return terms | self.by_source(jnp.square(outputs[:, 0] - labels), weights, batch.get("label_sources"))
         nll = cross_entropy(outputs, labels, self.label_smoothing if train else 0.0)
         correct = jnp.argmax(outputs, axis=-1) == labels
-        return {"loss": (jnp.sum(nll * weights), weight), "accuracy": (jnp.sum(correct * weights), weight)}
+        terms = {"loss": (jnp.sum(nll * weights), weight), "accuracy": (jnp.sum(correct * weights), weight)}
+        return terms | self.by_source(nll, weights, batch.get("label_sources"))
 
 
 def truncate_longest(parts: list[list[int]], room: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped
 
 from lmx.config import Config
 from lmx.errors import ConfigError
@@ -124,8 +124,11 @@ class MaskedLanguageModel(TokenObjective):
 
     def terms(self, model: Any, batch: Batch, train: bool = False) -> dict[str, Term]:
         hidden = model.hidden(batch, train=train)
-        states, targets, weights = gather_predictions(hidden, batch["targets"], batch["weights"], self.num_predictions)
-        terms = self.token_terms(model.mlm_logits(states), targets, weights, train)
+        names = [name for name in ("targets", "sources") if name in batch]
+        weights, states, targets, *sources = gather_predictions(
+            batch["weights"], self.num_predictions, hidden, *(batch[name] for name in names)
+        )
+        terms = self.token_terms(model.mlm_logits(states), targets, weights, train, *sources)
         if self.next_sentence:
             logits = model.classify(hidden, batch, train=train)
             weights = batch["label_weights"]
@@ -156,12 +159,9 @@ def take_words(words: list[np.ndarray], budget: int, rng: np.random.Generator) -
 
 
 def gather_predictions(
-    hidden: Float[Array, "batch length embed"],
-    targets: Int[Array, "batch length"],
-    weights: Float[Array, "batch length"],
-    count: int,
-) -> tuple[Float[Array, "batch count embed"], Int[Array, "batch count"], Float[Array, "batch count"]]:
-    """States, targets and weights of the ``count`` positions of each row that weigh most."""
+    weights: Float[Array, "batch length"], count: int, *values: Shaped[Array, "batch length ..."]
+) -> tuple[Shaped[Array, "batch count ..."], ...]:
+    """The weights of the ``count`` positions of each row that weigh most, and other values of these positions."""
     weights, positions = jax.lax.top_k(weights, count)
-    states = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-    return states, jnp.take_along_axis(targets, positions, axis=1), weights
+    places = (positions.reshape(*positions.shape, *[1] * (value.ndim - 2)) for value in values)
+    return weights, *(jnp.take_along_axis(value, place, axis=1) for value, place in zip(values, places, strict=True))

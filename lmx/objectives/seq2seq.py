@@ -44,7 +44,7 @@ class EncoderDecoderObjective(TokenObjective):
     def terms(self, model: Any, batch: Batch, train: bool = False) -> dict[str, Term]:
         logits = model.lm_logits(model.hidden(batch, train=train))
         targets, weights = batch["decoder_targets"], batch["decoder_weights"]
-        terms = self.token_terms(logits, targets, weights, train)
+        terms = self.token_terms(logits, targets, weights, train, batch.get("decoder_sources"))
         return terms | {"exact_match": exact_match(logits, targets, weights, batch["decoder_segments"])}
 
 
@@ -55,7 +55,7 @@ class Seq2Seq(EncoderDecoderObjective):
     pad) and the target, and predicts ``target eos``.
 
     Raises (from :meth:`view`):
-      DataError: a field is missing or not text, or a text is too long. Nothing is cut off silently.
+      DataError: a field is missing or not text, or a text is too long and ``data.too_long`` is "error".
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
@@ -66,20 +66,27 @@ class Seq2Seq(EncoderDecoderObjective):
         self.set_lengths(config.data.length, config.data.target_length)
 
     def view(self, record: Mapping[str, Any], rng: np.random.Generator, sample: Sample | None) -> Example:
-        source = self._encode(record, self.data.source_field, "source_field", "length")
-        target = self._encode(record, self.data.target_field, "target_field", "target_length")
+        source = self._fitted(record, "source_field", "length")
+        target = self._fitted(record, "target_field", "target_length")
         return one_segment(source, "encoder_") | decoder_side(target, self.start)
 
-    def _encode(self, record: Mapping[str, Any], field: str, option: str, limit: str) -> np.ndarray:
-        text = text_of(record, field, option)
-        longest = getattr(self.data, limit)
-        tokens = [*self.tokenizer.encode(text), self.eos]
-        if len(tokens) > longest:
+    def rows(self, record: Mapping[str, Any]) -> int:
+        sides = (("source_field", self.data.length), ("target_field", self.data.target_length))
+        return max(-(-len(self._encode(record, option)) // longest) for option, longest in sides)
+
+    def _encode(self, record: Mapping[str, Any], option: str) -> list[int]:
+        return [*self.tokenizer.encode(text_of(record, getattr(self.data, option), option)), self.eos]
+
+    def _fitted(self, record: Mapping[str, Any], option: str, limit: str) -> np.ndarray:
+        """The tokens of a side, no more than fit; eos stands at the end of what is cut too."""
+        tokens, longest = self._encode(record, option), getattr(self.data, limit)
+        if len(tokens) > longest and self.data.too_long == "error":
+            field = getattr(self.data, option)
             raise DataError(
-                f"field {field!r} of the record that starts {text[:60]!r} has {len(tokens)} tokens with its eos, more "
-                f"than data.{limit} ({longest}); raise data.{limit} or drop the record."
+                f"field {field!r} of the record that starts {record[field][:60]!r} has {len(tokens)} tokens with its "
+                f"eos, more than data.{limit} ({longest}); raise data.{limit}, or set data.too_long to 'drop' or 'cut'."
             )
-        return np.array(tokens, np.int32)
+        return np.array([*tokens[: min(len(tokens), longest) - 1], self.eos], np.int32)
 
 
 def decoder_side(targets: np.ndarray, start: int) -> Example:

@@ -8,47 +8,69 @@ A source string names where the records come from, and optionally which of them:
 ``builtin:reverse``        the same, to write backwards
 ``text:PATH``              a file, a folder (read recursively) or a glob; a record a file: ``{"text"}``
 ``jsonl:FILE``             a JSON object a line, with the fields it has
+``parquet:PATH``           a Parquet file, a folder or a glob; a record a row, with the columns that are asked for
 ``tfds:NAME[@SPLIT]``      a split of TensorFlow Datasets (``train`` if none is named), downloaded if it must be;
-                           NAME may have a config and a version: ``tfds:tiny_shakespeare@validation``
+                           NAME may have a config and a version, or be the folder of a prepared data set. The table
+                           of :mod:`lmx.text.tfds_fields` gives well-known ones the fields of the objectives.
+``hf:NAME[@SPLIT]``        a split of the datasets library: a folder of ``save_to_disk``, or a name on the hub, which
+                           may have a config: ``hf:nyu-mll/glue/sst2@validation``
+``task:NAME[@SPLIT]``      a task as text to text, ``{"source", "target"}``: see :mod:`lmx.text.tasks`
 =========================  =========================================================================================
 
-Files may be compressed (``.gz``, ``.xz``). A slice as in TFDS may follow: ``[:90%]``, ``[90%:]``, ``[100:200]``,
-``[:-5]``. It counts characters over the concatenated files for ``text:``, records otherwise; ``[:90%]`` and
-``[90%:]`` together are always the whole. Several sources mix by weight, the share of each in the training rows:
-``0.7*SOURCE + 0.3*SOURCE``, with spaces about the plus.
+Files of text and JSON may be compressed (``.gz``, ``.xz``). A slice as in TFDS may follow: ``[:90%]``, ``[90%:]``,
+``[100:200]``, ``[:-5]``. It counts characters over the concatenated files for ``text:``, records otherwise; ``[:90%]``
+and ``[90%:]`` together are always the whole. Several sources mix: by weight, the share of each in the training rows,
+``0.7*SOURCE + 0.3*SOURCE``, with spaces about the plus; or without weights, by their sizes
+(:mod:`lmx.text.mixing`).
 """
 
 import bisect
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 from lmx.errors import DataError, nearest
-from lmx.text import readers
+from lmx.text import columns, readers
 from lmx.text.readers import Record
+from lmx.text.tasks import TaskRecords, find_task
+from lmx.text.templates import Template, Viewed
+from lmx.text.tfds_fields import tfds_fields
 
 _READERS = {
     "builtin": readers.read_builtin,
     "text": readers.read_text,
     "jsonl": readers.read_jsonl,
+    "parquet": columns.read_parquet,
     "tfds": readers.read_tfds,
+    "hf": columns.read_hf,
 }
+_KINDS = (*_READERS, "task")
 
 
 class Source(Sequence[Record]):
-    """Records by index. ``sources`` and ``weights`` (which sum to 1) are what training mixes."""
+    """Records by index.
+
+    Attributes:
+      spec: the source string.
+      sources: what training mixes.
+      weights: the part of each in the training rows, which sum to 1; empty where the source string has none.
+      class_names: of each field that holds classes as numbers, their names in order, where the source knows them.
+    """
 
     spec: str
     sources: tuple["Source", ...]
-    weights: tuple[float, ...]
+    weights: tuple[Fraction, ...]
+    class_names: Mapping[str, tuple[str, ...]]
 
 
 class Records(Source):
     """A run of the records of one corpus."""
 
     def __init__(self, spec: str, records: Sequence[Record], chosen: range | None = None):
-        self.spec, self.sources, self.weights = spec, (self,), (1.0,)
+        self.spec, self.sources, self.weights = spec, (self,), (Fraction(1),)
+        self.class_names = getattr(records, "class_names", {})
         self._records = records
         self._chosen = range(len(records)) if chosen is None else chosen
 
@@ -60,11 +82,24 @@ class Records(Source):
 
 
 class Mixture(Source):
-    """Several sources. As a sequence (to evaluate) it is all of them in order; training mixes them by weight."""
+    """Several sources. As a sequence (to evaluate) it is all of them in order; training mixes them.
 
-    def __init__(self, spec: str, sources: Sequence[Source], weights: Sequence[float]):
+    Raises:
+      DataError: they have classes of the same field by other names.
+    """
+
+    def __init__(self, spec: str, sources: Sequence[Source], weights: Sequence[float | Fraction] = ()):
         self.spec, self.sources = spec, tuple(sources)
-        self.weights = tuple(weight / math.fsum(weights) for weight in weights)
+        exact = [Fraction(weight) for weight in weights]
+        self.weights = tuple(weight / sum(exact) for weight in exact)
+        self.class_names = {}
+        for source in sources:
+            for field, names in source.class_names.items():
+                if self.class_names.setdefault(field, names) != names:
+                    raise DataError(
+                        f"the sources of the mixture {spec!r} have other classes in field {field!r}: "
+                        f"{', '.join(self.class_names[field])}; and {', '.join(names)}, in {source.spec!r}."
+                    )
         self._starts = list(itertools.accumulate(map(len, sources), initial=0))
 
     def __len__(self) -> int:
@@ -76,50 +111,99 @@ class Mixture(Source):
         return self.sources[which][index - self._starts[which]]
 
 
-def open_source(spec: str, fields: Sequence[str] = ("text",)) -> Source:
+def open_source(spec: str, fields: Sequence[str] = ("text",), tasks: Sequence[str] = ()) -> Source:
     """Opens a source string (see the module's docstring).
 
     Args:
       spec: the source string.
       fields: what every record must hold: a text or a number each.
+      tasks: tasks of the user's own, as JSON objects (``data.tasks``).
 
     Raises:
       DataError: the string cannot be read, something is missing, empty or malformed, or a record lacks a field.
-      LmxError: ``tfds:`` without the package tensorflow-datasets.
+      LmxError: the package that reads the source is not installed.
+    """
+    weights, specs = zip(*split_mixture(spec), strict=True)
+    sources = [_open_one(part, fields, tasks) for part in specs]
+    if len(sources) == 1 and weights[0] is None:
+        return sources[0]
+    return Mixture(spec, sources, () if weights[0] is None else weights)
+
+
+def split_mixture(spec: str) -> list[tuple[Fraction | None, str]]:
+    """Weight and source string of each part of a mixture, or of the one source; the weights are all there or all None.
+
+    Raises:
+      DataError: some parts have a weight and others have none, or a weight is not a positive number.
     """
     terms = [term.strip() for term in re.split(r"\s\+\s", spec)]
-    weighted = [re.fullmatch(r"([0-9][0-9.eE-]*)\s*\*\s*(.+)", term, re.DOTALL) for term in terms]
-    if len(terms) == 1 and weighted[0] is None:
-        return _open_one(terms[0], fields)
-    weights = []
-    for term, match in zip(terms, weighted, strict=True):
+    matches = [re.fullmatch(r"([0-9][0-9.eE-]*)\s*\*\s*(.+)", term, re.DOTALL) for term in terms]
+    if not any(matches):
+        return [(None, term) for term in terms]
+    found = []
+    for term, match in zip(terms, matches, strict=True):
         try:
-            weights.append(float(match[1]))
+            weight = float(match[1])
         except (TypeError, ValueError):
-            weights.append(0.0)
-        if not 0 < weights[-1] < math.inf:
+            weight = 0.0
+        if not 0 < weight < math.inf:
             raise DataError(
                 f"{term!r} in the mixture {spec!r} has no positive weight; write 0.7*SOURCE + 0.3*SOURCE, with spaces "
                 "about the plus."
             )
-    return Mixture(spec, [_open_one(match[2], fields) for match in weighted], weights)
+        found.append((Fraction(match[1]), match[2]))
+    return found
 
 
-def _open_one(spec: str, fields: Sequence[str]) -> Source:
+def source_names(spec: str) -> tuple[str, ...]:
+    """A short name for each part of a mixture, or of the one source: what its metrics are called.
+
+    The last part of a path without what follows a dot, or all of another source's name; a number follows where two
+    would be the same.
+    """
+    names = []
+    for _, part in split_mixture(spec):
+        scheme, _, rest = part.partition(":")
+        body = _split_slice(scheme, rest)[0].rpartition("#")[2]
+        if scheme in ("text", "jsonl", "parquet"):
+            body = body.rstrip("/").rpartition("/")[2].partition(".")[0]
+        names.append(re.sub(r"[^\w@-]+", "_", body).strip("_") or scheme)
+    return tuple(
+        f"{name}_{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)
+    )
+
+
+def _open_one(spec: str, fields: Sequence[str], tasks: Sequence[str]) -> Source:
     scheme, colon, rest = spec.partition(":")
-    if not colon or scheme not in _READERS:
+    if not colon or scheme not in _KINDS:
         raise DataError(
-            "a source is builtin:NAME, text:PATH, jsonl:FILE or tfds:NAME; there is no kind "
-            f"{scheme!r} (in {spec!r}){nearest(scheme, _READERS)}"
+            "a source is builtin:NAME, text:PATH, jsonl:FILE, parquet:PATH, tfds:NAME, hf:NAME or task:NAME; there is "
+            f"no kind {scheme!r} (in {spec!r}){nearest(scheme, _KINDS)}"
         )
     body, cut = _split_slice(scheme, rest)
-    records = _READERS[scheme](body, fields)
+    records = _read_task(body, tasks) if scheme == "task" else _read(scheme, body, fields)
     if len(records) == 0:
         raise DataError(f"the source {spec!r} is empty: it holds no text at all. Name a file or a split that does.")
     readers.check_fields(f"the first record of {spec!r}", records[0], fields)
     if isinstance(records, readers.TextFiles):
         return Records(spec, records.part(cut(records.characters, spec, "characters")) if cut else records)
     return Records(spec, records, cut(len(records), spec, "records") if cut else None)
+
+
+def _read(scheme: str, body: str, fields: Sequence[str]) -> Sequence[Record]:
+    """All the records of one corpus, with the fields of the table where it has them."""
+    records = _READERS[scheme](body, fields)
+    known = tfds_fields(body) if scheme == "tfds" else {}
+    templates = {name: Template(text) for name, text in known.items() if name in fields}
+    return Viewed(records, templates) if templates else records
+
+
+def _read_task(name: str, tasks: Sequence[str]) -> Sequence[Record]:
+    """The records of a task; its source is opened with the fields that its templates read."""
+    name, _, split = name.partition("@")
+    task = find_task(name, tasks)
+    paths = dict.fromkeys((*Template(task.input).paths, *Template(task.target).paths))
+    return TaskRecords(open_source(task.spec(split), tuple(paths), tasks), task)
 
 
 class Slice:

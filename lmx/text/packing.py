@@ -69,7 +69,7 @@ class TokenStore:
           DataError: a record holds something other than text, or there are no tokens at all.
         """
         documents: list[np.ndarray] = []
-        with _Progress(len(source), f"tokenizing {source.spec}") as progress:
+        with Progress(len(source), f"tokenizing {source.spec}") as progress:
             for texts in _groups(source, field):
                 documents += tokenizer.encode_batch(texts)
                 progress.advance(len(texts))
@@ -214,23 +214,23 @@ def _groups(source: Source, field: str) -> Iterator[list[str]]:
         yield texts
 
 
-class _Progress:
+class Progress:
     """A progress bar that appears when work has taken a while."""
 
     def __init__(self, total: int, title: str):
         self._total, self._title, self._done = total, title, 0
         self._start, self._bar = time.monotonic(), None
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "Progress":
         return self
 
     def advance(self, count: int) -> None:
         self._done += count
         if self._bar is None and time.monotonic() - self._start > SECONDS_BEFORE_PROGRESS:
             from rich.console import Console
-            from rich.progress import Progress
+            from rich.progress import Progress as Bar
 
-            self._bar = Progress(console=Console(stderr=True))
+            self._bar = Bar(console=Console(stderr=True))
             self._task = self._bar.add_task(self._title, total=self._total)
             self._bar.start()
         if self._bar is not None:

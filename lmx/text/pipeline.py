@@ -7,12 +7,16 @@ order over any number of hosts.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmx.config import Config
+from lmx.config import Config, Data
+from lmx.text.best_fit import EXAMPLES_AT_ONCE, BestFit, Example
 from lmx.text.corpora import Source
+from lmx.text.lengths import fitted_records
+from lmx.text.mixing import Selection, check_epochs, mixing_shares, too_short
 from lmx.text.packing import token_store
 from lmx.text.tokenizers import Tokenizer
 
@@ -20,11 +24,9 @@ if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
-Example = Mapping[str, Any]
 Place = tuple[int, int, int]  # source of the mixture, its row, epoch
 
 PADDING: tuple = ()  # in the place of a Place: a row of zeros
-PREFIXES = ("", "encoder_", "decoder_")
 BATCHES_AHEAD = 4
 
 
@@ -42,16 +44,20 @@ def make_batches(
 ) -> "grain.DatasetIterator[Batch]":
     """An iterator of batches with ``get_state`` and ``set_state``; the state is a small dict that JSON can hold.
 
-    In training, rows come in a fresh order each epoch (unless ``data.shuffle`` is off), mixed by the weights of the
-    source, for ever. Otherwise they come in order, each exactly once, and zero rows fill the last batch, so that every
-    host has as many batches. Several examples of records share a row if the objective is ``packable`` and
-    ``data.packing`` is on; each host then packs the whole stream and takes its rows.
+    In training, rows come in a fresh order each epoch (unless ``data.shuffle`` is off), mixed by ``data.mixing``, for
+    ever. Otherwise they come in order, each exactly once, and zero rows fill the last batch, so that every host has as
+    many batches. Several examples of records share a row if the objective is ``packable`` and ``data.packing`` is on;
+    each host then packs the whole stream and takes its rows.
+
+    Training batches of a mixture say for every weight which source it is of: ``sources`` beside ``weights``,
+    ``decoder_sources`` beside ``decoder_weights``.
 
     Args:
       source: where records come from. Hold on to it between calls: its tokens are remembered with it.
       tokenizer: makes the ids.
       objective: what turns a row or record into an example: ``cut``, ``view(row, rng, sample)``, ``lengths``,
-        ``packable``, ``dynamic`` (see :class:`lmx.objectives.base.Objective`). ``sample`` is None for records.
+        ``packable``, ``dynamic``, ``rows`` (see :class:`lmx.objectives.base.Objective`). ``sample`` is None for
+        records.
       config: its data section is read.
       train: endless and shuffled, or once and in order.
       seed: of the order and of what ``view`` draws.
@@ -60,25 +66,29 @@ def make_batches(
         each global batch of process_count * batch_size rows.
 
     Raises:
-      DataError: the source has no tokens, or a record does not suit the objective; the latter also from ``next``.
+      DataError: the source has no tokens, its weights do not fit ``data.mixing``, it is too short for
+        ``data.max_epochs``, or a record does not suit the objective; the last two also from ``next``.
     """
     import grain
 
     from lmx.text.resumable import ClosedAtExit, FromIndex
 
-    examples = _Examples.of(source, tokenizer, objective, config, seed)
+    examples = _Examples.of(source, tokenizer, objective, config, seed, tell_sources=train)
     layout = _Layout.of(examples((0, 0, 0)), objective.lengths)
     num_workers, packing = config.data.num_workers, objective.packable and config.data.packing
     rows = batch_size * process_count
     if train:
-        places = _endless_places(examples.counts, source.weights, config.data.shuffle, seed)
+        shares = mixing_shares(source, examples.counts, config.data)
+        if config.data.max_epochs and not packing:
+            check_epochs(source, examples.counts, shares, config.train.steps * rows, config.data.max_epochs)
+        places = _endless_places(source, examples.counts, shares, config.data, seed)
     else:
         num_examples = sum(examples.counts)
         fill = 0 if packing else -num_examples % rows
         places = grain.MapDataset.range(num_examples + fill).map(_InOrder(examples.counts))
     stream = places.map(examples)
     if packing:
-        batches = _packed(FromIndex(stream, num_workers, read_ahead=0), layout, rows, process_index, process_count)
+        batches = _packed(stream, layout, num_workers, rows, process_index, process_count)
         if train:
             batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD)
     else:
@@ -87,37 +97,39 @@ def make_batches(
     return ClosedAtExit(iter(batches))
 
 
+def example_counts(source: Source, tokenizer: Tokenizer, objective: Any, config: Config) -> tuple[int, ...]:
+    """Examples of each source of a mixture, or of the one source, in an epoch: what ``data.mixing`` goes by."""
+    return _Examples.of(source, tokenizer, objective, config, config.seed, tell_sources=False).counts
+
+
 def _packed(
-    examples: "grain.IterDataset", layout: "_Layout", rows: int, process_index: int, process_count: int
+    examples: "grain.MapDataset", layout: "_Layout", num_workers: int, rows: int, process_index: int, process_count: int
 ) -> "grain.IterDataset":
-    """This host's part of batches of ``rows`` rows, each with as many examples as first-fit finds room for."""
+    """This host's part of batches of ``rows`` rows, each with as many examples as best fit finds room for."""
     import grain
 
-    contents = {name: length for name, length in layout.lengths.items() if not name.endswith(("segments", "positions"))}
-    packed = grain.experimental.FirstFitPackIterDataset(
-        examples,
-        length_struct=contents,
-        num_packing_bins=rows,  # a round of packing is a batch
-        shuffle_bins=False,
-    )
+    from lmx.text.resumable import Flat, FromIndex
+
+    lists = examples.batch(EXAMPLES_AT_ONCE, batch_fn=BestFit(layout.lengths))
+    packed = grain.experimental.FlatMapIterDataset(FromIndex(lists, num_workers, read_ahead=0), Flat())
     share = rows // process_count
     own = _HostRows(layout, process_index * share, (process_index + 1) * share, rows)
-    return packed.map(_with_grains_segments).batch(rows, batch_fn=own)
+    return packed.batch(rows, batch_fn=own)
 
 
 def _endless_places(
-    counts: Sequence[int], weights: Sequence[float], shuffle: bool, seed: int
+    source: Source, counts: Sequence[int], shares: Sequence[Fraction], data: Data, seed: int
 ) -> "grain.MapDataset[Place]":
-    """The places of all training rows: each source in a fresh order each epoch, mixed by weight."""
+    """The places of all training rows: each source in a fresh order each epoch, mixed by their shares."""
     import grain
 
     parts = []
     for part, count in enumerate(counts):
         rows = grain.MapDataset.range(count)
-        if shuffle:  # Grain adds the epoch to the seed; hashed, so that seeds 0 and 1 share no order
+        if data.shuffle:  # Grain adds the epoch to the seed; hashed, so that seeds 0 and 1 share no order
             rows = rows.shuffle(seed=int(np.random.SeedSequence((seed, part)).generate_state(1)[0]))
-        parts.append(rows.repeat().map_with_index(_Epochs(part, count)))
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+        parts.append(rows.repeat().map_with_index(_Epochs(part, count, source.sources[part].spec, data.max_epochs)))
+    return parts[0] if len(parts) == 1 else grain.MapDataset.select_from_datasets(parts, Selection.of(shares))
 
 
 # Callables with fields rather than closures, so that worker processes can be sent them.
@@ -129,8 +141,12 @@ class _Epochs:
 
     part: int
     count: int
+    spec: str
+    max_epochs: int
 
     def __call__(self, index: int, row: int) -> Place:
+        if self.max_epochs and index >= self.count * self.max_epochs:
+            raise too_short(self.spec, self.count, self.max_epochs)
         return self.part, int(row), index // self.count
 
 
@@ -156,15 +172,21 @@ class _Examples:
     samples: tuple[Callable | None, ...]
     view: Callable[[Any, np.random.Generator, Callable | None], Example]
     dynamic: bool
+    tell_sources: bool
     seed: int
 
     @classmethod
-    def of(cls, source: Source, tokenizer: Tokenizer, objective: Any, config: Config, seed: int) -> "_Examples":
-        rows, samples = source.sources, (None,) * len(source.sources)
+    def of(
+        cls, source: Source, tokenizer: Tokenizer, objective: Any, config: Config, seed: int, tell_sources: bool
+    ) -> "_Examples":
+        """``tell_sources``: where there are several, say which one each weight of an example is of."""
+        rows, samples, data = source.sources, (None,) * len(source.sources), config.data
         if objective.cut is not None:
-            stores = [token_store(part, tokenizer, config.data.text_field) for part in source.sources]
+            stores = [token_store(part, tokenizer, data.text_field) for part in source.sources]
             rows, samples = zip(*((store.rows(objective.cut), store.sample) for store in stores), strict=True)
-        return cls(rows, samples, objective.view, objective.dynamic, seed)
+        elif data.too_long != "error":
+            rows = tuple(fitted_records(part, objective, data.too_long) for part in source.sources)
+        return cls(rows, samples, objective.view, objective.dynamic, tell_sources and len(rows) > 1, seed)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -175,7 +197,13 @@ class _Examples:
             return {}
         part, row, epoch = place
         rng = np.random.default_rng((self.seed, part, row, epoch if self.dynamic else 0))
-        return self.view(self.rows[part][row], rng, self.samples[part])
+        example = self.view(self.rows[part][row], rng, self.samples[part])
+        if self.tell_sources:
+            weights = {name: value for name, value in example.items() if name.endswith("weights")}
+            example = dict(example)
+            for name, value in weights.items():
+                example[name.replace("weights", "sources")] = np.full(np.shape(value), part, np.int32)
+        return example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +218,8 @@ class _Layout:
         """As the first example has them: floats as float32, everything else as int32."""
         kinds = {name: np.asarray(value).dtype.kind for name, value in example.items()}
         types = {name: np.dtype(np.float32 if kind == "f" else np.int32) for name, kind in kinds.items()}
-        return cls(types, {name: lengths[name] for name, value in example.items() if np.ndim(value)})
+        arrays = [name for name, value in example.items() if np.ndim(value)]
+        return cls(types, {name: lengths[name.replace("sources", "weights")] for name in arrays})
 
     def stack(self, examples: Sequence[Example]) -> Batch:
         """The batch of the examples, each padded with zeros; an empty example is a row of zeros."""
@@ -217,13 +246,3 @@ class _HostRows:
     def __call__(self, rows: Sequence[Example]) -> Batch:
         filled = [*rows, *[{}] * (self.total - len(rows))]
         return self.layout.stack(filled[self.start : self.stop])
-
-
-def _with_grains_segments(row: Example) -> Example:
-    """Grain numbers the examples in each array of a packed row; one numbering stands for all arrays of a stack."""
-    named = {name: value for name, value in row.items() if not name.endswith(("_segment_ids", "_positions"))}
-    for prefix in PREFIXES:
-        if f"{prefix}tokens" in row:
-            named[f"{prefix}segments"] = row[f"{prefix}tokens_segment_ids"]
-            named[f"{prefix}positions"] = row[f"{prefix}tokens_positions"]
-    return named

@@ -3,11 +3,13 @@
 import glob
 import gzip
 import hashlib
+import importlib
 import itertools
 import json
 import lzma
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,23 +21,52 @@ from lmx.errors import DataError, missing_extra, nearest
 
 Record = Mapping[str, Any]
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 COMPRESSIONS = {".gz": gzip.decompress, ".xz": lzma.decompress}
+TEXT_SUFFIXES = tuple(text + packed for text in (".txt", ".text", ".md", ".rst") for packed in ("", *COMPRESSIONS))
 SYNTHETIC_RECORDS = 100_000
 
 
 def check_fields(where: str, record: Any, fields: Sequence[str]) -> None:
-    """Raises a DataError where a record is not an object that holds a text or a number in each of the fields."""
+    """Raises a DataError where a record is not an object that holds a text or a number in each of the fields.
+
+    A field may be a path into what a field holds, ``answers[text][0]``.
+    """
     if not isinstance(record, Mapping):
         raise DataError(f"{where} is not an object with fields but {type(record).__name__}; each record is one object.")
     for name in fields:
-        if name not in record:
-            raise DataError(
-                f"{where} has no field {name!r}{nearest(name, record)}. The data section names the fields to read: "
-                "text_field, pair_field, source_field, target_field, label_field."
-            )
-        if not isinstance(record[name], str | int | float):
-            raise DataError(f"field {name!r} of {where} is {record[name]!r}, where a text or a number is due.")
+        value = lookup(where, record, name)
+        if not isinstance(value, str | int | float):
+            raise DataError(f"field {name!r} of {where} is {value!r}, where a text or a number is due.")
+
+
+def column(path: str) -> str:
+    """The field that a path such as ``answers[text][0]`` begins with."""
+    return path.partition("[")[0]
+
+
+def lookup(where: str, record: Record, path: str) -> Any:
+    """What a record holds at ``field`` or at a path ``field[key][0]``; a DataError where there is no such place."""
+    name = column(path)
+    if path in record:
+        return plain(record[path])
+    if name not in record:
+        raise DataError(
+            f"{where} has no field {name!r}{nearest(name, record)}. The data section names the fields to read: "
+            "text_field, pair_field, source_field, target_field, label_field."
+        )
+    value = record[name]
+    for key in re.findall(r"\[([^\[\]]*)\]", path):
+        try:
+            value = value[key] if isinstance(value, Mapping) else value[int(key)]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise DataError(f"field {path!r} of {where}: there is no [{key}] in {value!r}.") from None
+    return plain(value)
+
+
+def plain(value: Any) -> Any:
+    """Bytes made text, and a scalar of NumPy made Python's own."""
+    value = value.item() if isinstance(value, np.generic) or getattr(value, "shape", None) == () else value
+    return value.decode() if isinstance(value, bytes) else value
 
 
 # builtin:
@@ -116,7 +147,7 @@ class TextFiles(Sequence):
 def read_text(pattern: str, fields: Sequence[str]) -> TextFiles:
     """The files that a path, a folder or a glob names, sorted by path."""
     texts = []
-    for path in _find_files(pattern):
+    for path in find_files(pattern, TEXT_SUFFIXES):
         content = _read(path)
         try:
             texts.append(content.decode())
@@ -125,13 +156,13 @@ def read_text(pattern: str, fields: Sequence[str]) -> TextFiles:
     return TextFiles(texts)
 
 
-def _find_files(pattern: str) -> list[Path]:
+def find_files(pattern: str, suffixes: Sequence[str]) -> list[Path]:
+    """The file, the files of a glob, or all with one of the suffixes in a folder; sorted, and never none."""
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        suffixes = tuple(text + packed for text in TEXT_SUFFIXES for packed in ("", *COMPRESSIONS))
-        found = [file for file in path.rglob("*") if file.name.endswith(suffixes)]
+        found = [file for file in path.rglob("*") if file.name.endswith(tuple(suffixes))]
         looked_for = f"files ending in {', '.join(suffixes)} in the folder {pattern!r}"
     else:
         found = [Path(name) for name in glob.glob(str(path), recursive=True)]
@@ -194,7 +225,8 @@ class _JsonLines(Sequence):
         check_fields(where, record, fields)
         if "\\u" in line:  # half a character, which JSON lets through and UTF-8 does not
             for name in fields:
-                if isinstance(record[name], str) and any("\ud800" <= c <= "\udfff" for c in record[name]):
+                value = lookup(where, record, name)
+                if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
                     raise DataError(
                         f"field {name!r} of {where} holds half of a surrogate pair; it is not Unicode text."
                     )
@@ -209,34 +241,49 @@ def read_jsonl(name: str, fields: Sequence[str]) -> Sequence[Record]:
 
 
 class _TfdsRecords(Sequence):
-    """Records of a TFDS data source, bytes made text and scalars made Python's own."""
+    """Records of a TFDS data source, bytes made text and scalars made Python's own.
 
-    def __init__(self, data_source: Sequence):
+    Attributes:
+      class_names: of each field that holds classes, their names in order.
+    """
+
+    def __init__(self, data_source: Sequence, features: Mapping[str, Any]):
         self._data_source = data_source
+        self.class_names = {name: tuple(f.names) for name, f in features.items() if getattr(f, "names", None)}
 
     def __len__(self) -> int:
         return len(self._data_source)
 
     def __getitem__(self, index: int) -> Record:
-        return {name: _plain(value) for name, value in self._data_source[index].items()}
+        return {name: plain(value) for name, value in self._data_source[index].items()}
 
 
-def _plain(value: Any) -> Any:
-    value = value.item() if isinstance(value, np.generic) or getattr(value, "shape", None) == () else value
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def read_tfds(name: str, fields: Sequence[str]) -> Sequence[Record]:
-    """A split of a TFDS dataset, which is downloaded and prepared first where it is not on disk yet."""
-    name, _, split = name.partition("@")
-    split = split or "train"
+def import_tfds(purpose: str) -> Any:
+    """The module tensorflow_datasets, with its data sets of text; an LmxError where it is not installed."""
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise missing_extra("tensorflow-datasets", "tfds", f"the source tfds:{name}") from None
+        raise missing_extra("tensorflow-datasets", "tfds", purpose) from None
+    # It registers its data sets kind by kind, and stops without a word at the first kind that needs TensorFlow.
+    for kind in ("text", "translate", "summarization"):
+        importlib.import_module(f"tensorflow_datasets.{kind}")
+    return tfds
+
+
+def read_tfds(name: str, fields: Sequence[str]) -> Sequence[Record]:
+    """A split of a TFDS dataset, which is downloaded and prepared first where it is not on disk yet.
+
+    The dataset is a name that TFDS knows, one that lies prepared in TFDS_DATA_DIR, or the folder of a prepared one.
+    """
+    name, _, split = name.partition("@")
+    split = split or "train"
+    tfds = import_tfds(f"the source tfds:{name}")
     folder = {"data_dir": os.environ["TFDS_DATA_DIR"]} if "TFDS_DATA_DIR" in os.environ else {}
     try:
-        builder = tfds.builder(name, file_format="array_record", **folder)
+        if (Path(name).expanduser() / "dataset_info.json").is_file():
+            builder = tfds.builder_from_directory(Path(name).expanduser(), file_format="array_record")
+        else:
+            builder = tfds.builder(name, file_format="array_record", **folder)
         if not builder.is_prepared():
             print(f"lmx: downloading and preparing {name} into {builder.data_path}", file=sys.stderr)
             builder.download_and_prepare()
@@ -252,4 +299,4 @@ def read_tfds(name: str, fields: Sequence[str]) -> Sequence[Record]:
             f"{builder.data_path} holds {name!r} in a format without random access. Prepare it again with "
             "tfds.builder(NAME, file_format='array_record').download_and_prepare()."
         ) from error
-    return _TfdsRecords(data_source)
+    return _TfdsRecords(data_source, builder.info.features)

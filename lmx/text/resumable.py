@@ -78,6 +78,15 @@ class _FromIndexIterator(grain.DatasetIterator):
             self._elements = None
 
 
+class Flat(grain.experimental.FlatMapTransform):
+    """Each element of lists, in their order."""
+
+    max_fan_out = sys.maxsize
+
+    def flat_map(self, element: list[Any]) -> list[Any]:
+        return element
+
+
 class ClosedAtExit(grain.DatasetIterator):
     """An iterator that lets go of its threads and processes before the interpreter goes down.
 

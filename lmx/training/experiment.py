@@ -22,9 +22,12 @@ from lmx.parallel.mesh import BatchSplit, batch_shards, split_batch
 from lmx.parallel.pipeline import check_pipeline
 from lmx.parallel.processes import host_share
 from lmx.parallel.sharding import Layout
-from lmx.text.corpora import Source, open_source
-from lmx.text.pipeline import make_batches
+from lmx.text.corpora import Source, open_source, source_names, split_mixture
+from lmx.text.lengths import fitted_records
+from lmx.text.mixing import mixing_shares
+from lmx.text.pipeline import example_counts, make_batches
 from lmx.text.published import PublishedTokenizer
+from lmx.text.tfds_fields import tfds_fields
 from lmx.text.tokenizers import load_tokenizer, make_tokenizer
 from lmx.training.optimizers import make_optimizer
 from lmx.training.workdir import read_config
@@ -71,20 +74,46 @@ class Experiment:
 
     def train_batches(self) -> Iterator[dict]:
         """This host's part of the training batches, for ever."""
-        return self._batches(self.config.data.train, self.config.train.global_batch_size, train=True)
+        source = self._source(self.config.data.train)
+        return self._batches(source, self.config.train.global_batch_size, train=True)
 
     def eval_batches(self, source: str | None = None) -> Iterator[dict]:
         """This host's part of the held-out batches, each row once; of ``data.eval`` or of another source."""
+        return self._eval_batches(self._source(source or self.config.data.eval))
+
+    def eval_batches_by_source(self, source: str | None = None) -> dict[str, Iterator[dict]]:
+        """:meth:`eval_batches` of each part of a mixture, or of the one source, by its short name."""
+        spec = source or self.config.data.eval
+        parts = self._source(spec).sources
+        return dict(zip(source_names(spec), map(self._eval_batches, parts), strict=True))
+
+    def describe_data(self) -> list[str]:
+        """What was done to the data that is open, a line each: the shares of a mixture, records that are too long."""
+        lines, data = [], self.config.data
+        if data.train in self.sources and self.objective.sources:
+            source = self.sources[data.train]
+            counts = example_counts(source, self.tokenizer, self.objective, self.config)
+            shares = zip(self.objective.sources, mixing_shares(source, counts, data), counts, strict=True)
+            lines += [f"{name}: {float(share):.2%} of training, {count:,} examples" for name, share, count in shares]
+        if self.objective.cut is None and data.too_long != "error":
+            parts = [part for source in self.sources.values() for part in source.sources]
+            lines += filter(None, (fitted_records(part, self.objective, data.too_long).note for part in parts))
+        return lines
+
+    def _source(self, spec: str) -> Source:
+        if spec not in self.sources:
+            self.sources[spec] = open_source(spec, record_fields(self.config), self.config.data.tasks)
+        return self.sources[spec]
+
+    def _eval_batches(self, source: Source) -> Iterator[dict]:
         shards = batch_shards(self.mesh) * (self.layout.stage_microbatches or self.mesh.shape["stage"])
         rows = self.config.eval.batch_size or self.config.train.global_batch_size
-        return self._batches(source or self.config.data.eval, -(-rows // shards) * shards, train=False)
+        return self._batches(source, -(-rows // shards) * shards, train=False)
 
-    def _batches(self, spec: str, rows: int, train: bool) -> Iterator[dict]:
-        if spec not in self.sources:
-            self.sources[spec] = open_source(spec, record_fields(self.config))
+    def _batches(self, source: Source, rows: int, train: bool) -> Iterator[dict]:
         part, parts = host_share(self.mesh)
         return make_batches(
-            self.sources[spec],
+            source,
             self.tokenizer,
             self.objective,
             self.config,
@@ -108,8 +137,9 @@ def build(asked: Config, workdir: Path, console: Console, devices: Any = None) -
     check_strategy(asked.train.strategy, layout.mesh)
     split = split_batch(asked.train, layout.mesh)
     check_pipeline(asked.model, split.rows_per_device, layout)
-    tokenizer = _tokenizer(asked, workdir, console)
-    config = resolve(_with_body(asked, workdir, console), tokenizer)
+    config = with_pairs(asked)
+    tokenizer = _tokenizer(config, workdir, console)
+    config = resolve(_with_body(config, workdir, console), tokenizer)
     objective = make_objective(config, tokenizer)
     return Experiment(config, asked, tokenizer, objective, Transformer(config.model), layout, split)
 
@@ -138,6 +168,24 @@ def resolve(config: Config, tokenizer: Any) -> Config:
     return config.replace(model={"vocab_size": vocab_size}, data={"labels": labels})
 
 
+def with_pairs(config: Config) -> Config:
+    """The config with ``data.pair_field`` where a classifier is to read well-known pairs, and no field is named.
+
+    Raises:
+      ConfigError: some sources of a mixture hold pairs and others do not.
+    """
+    data = config.data
+    if config.objective.name != "classification" or data.pair_field or data.text_field != "text":
+        return config
+    kinds = {"pair" in tfds_fields(part.removeprefix("tfds:")) for _, part in split_mixture(data.train)}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"data.train mixes pairs of texts and single texts ({data.train}), and a classifier reads one kind; name "
+            "the fields in data.text_field and data.pair_field, or leave some out."
+        )
+    return config.replace(data={"pair_field": "pair"}) if kinds == {True} else config
+
+
 def record_fields(config: Config) -> tuple[str, ...]:
     """The fields that every record of the sources must have."""
     data = config.data
@@ -149,8 +197,12 @@ def record_fields(config: Config) -> tuple[str, ...]:
 
 
 def _labels(config: Config) -> tuple[str, ...]:
-    """The classes of the training data, in order: numbers by value, names by the alphabet."""
-    source = open_source(config.data.train, record_fields(config))
+    """The classes of the training data: as the source names them, or those found, numbers by value, names by the
+    alphabet."""
+    source = open_source(config.data.train, record_fields(config), config.data.tasks)
+    names = source.class_names.get(config.data.label_field, ())
+    if names and not any(name.lstrip("-").isdigit() for name in names):  # digits could be taken for indices
+        return names
     found = {source[i][config.data.label_field] for i in range(len(source))}
     return tuple(str(label) for label in sorted(found, key=lambda x: (isinstance(x, str), x)))
 
@@ -199,7 +251,7 @@ def _texts(config: Config) -> Callable[[], Iterator[str]]:
     names = [name for name in fields if name != config.data.label_field]
 
     def texts() -> Iterator[str]:
-        source = open_source(config.data.train, fields)
+        source = open_source(config.data.train, fields, config.data.tasks)
         for i in range(len(source)):
             record = source[i]
             yield from (record[name] for name in names)

@@ -1,6 +1,7 @@
 """The loop: from a config and a workdir to a trained model, whatever interrupts it."""
 
 import dataclasses
+import itertools
 import math
 import signal
 from pathlib import Path
@@ -210,17 +211,21 @@ class _Run:
 def evaluate(experiment: Experiment, eval_step: Any, params: Any, source: str | None = None) -> dict[str, float]:
     """Means over the held-out data, each row once: ``eval/loss`` (nats) and the objective's other terms.
 
+    Of a mixture also ``eval/loss/NAME`` and the other terms of each source, over its own rows.
+
     Args:
       eval_step: of :func:`compiled_eval_step`.
       params: the parameters to score, on the mesh.
       source: other data than the config's ``data.eval``.
     """
-    terms, limit = [], experiment.config.eval.max_batches
-    for index, batch in enumerate(experiment.eval_batches(source)):
-        if limit and index == limit:
-            break
-        terms.append(eval_step(params, put_batch(batch, experiment.mesh)))
-    return {f"eval/{name}": value for name, value in means(jax.device_get(terms)).items()}
+    terms, limit = {}, experiment.config.eval.max_batches or None
+    for name, batches in experiment.eval_batches_by_source(source).items():
+        own = [eval_step(params, put_batch(batch, experiment.mesh)) for batch in itertools.islice(batches, limit)]
+        terms[name] = jax.device_get(own)
+    found = {f"eval/{term}": value for term, value in means(sum(terms.values(), [])).items()}
+    for name, own in terms.items() if len(terms) > 1 else ():
+        found |= {f"eval/{term}/{name}": value for term, value in means(own).items()}
+    return found
 
 
 def means(metrics: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
@@ -279,5 +284,7 @@ def _print_header(experiment: Experiment, workdir: Path, console: Console) -> No
     }
     for name, value in lines.items():
         console.print(f"[bold]{name:>11}[/]  {value}", highlight=False)
+    for line in experiment.describe_data():
+        console.print(f"[bold]{'data':>11}[/]  {line}", highlight=False)
     for warning in moved_dimensions(boxed, experiment.layout):
         console.print(f"[yellow]{'sharding':>11}[/]  {warning}", highlight=False)

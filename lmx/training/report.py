@@ -183,11 +183,13 @@ def _expectation(lines: Sequence[Mapping[str, float]], settings: Mapping[str, An
 
 
 def _charts(lines: Sequence[Mapping[str, float]], settings: Mapping[str, Any]) -> str:
-    """A picture a quantity, its training and held-out curves together; the loss first and widest."""
+    """A picture a quantity, its training and held-out curves together, and those of each source of a mixture; the loss
+    first and widest."""
     groups: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys(name for line in lines for name in line if name != "step"):
-        split, _, quantity = name.rpartition("/")
-        groups.setdefault(quantity, {})[name] = split
+        split, slash, rest = name.partition("/")
+        quantity, _, source = rest.partition("/") if slash else (name, "", "")
+        groups.setdefault(quantity, {})[name] = f"{split if slash else ''} {source}".strip()
     order = sorted(groups, key=lambda quantity: (quantity != "loss", len(groups[quantity]) == 1))
     expect = settings["expect"]
     pictures = []

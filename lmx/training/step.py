@@ -49,7 +49,8 @@ def make_train_step(
 
     Returns:
       The step. Its metrics are pairs of sum and weight: the objective's terms (``loss`` among them), the experts'
-      losses, ``grad_norm`` (of what is trained) and ``learning_rate``.
+      losses, ``grad_norm`` (of what is trained), ``learning_rate`` and ``packing_efficiency`` (the part of a batch that
+      is not padding).
     """
 
     def total(x):
@@ -81,6 +82,7 @@ def make_train_step(
         metrics = terms | {
             "grad_norm": (norm, jnp.ones(())),
             "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), jnp.ones(())),
+            "packing_efficiency": total(packing_efficiency(batch)),
         }
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -124,6 +126,13 @@ def real_rows(batch: Batch) -> Float[Array, ""]:
     """Rows that hold any token."""
     name = "decoder_segments" if "decoder_segments" in batch else "segments"
     return (batch[name] > 0).any(-1).sum().astype(jnp.float32)
+
+
+def packing_efficiency(batch: Batch) -> tuple[Array, Array]:
+    """Tokens of a batch, and the places that it has for them: their quotient is the part that is not padding."""
+    segments = [batch[name] for name in batch if name.endswith("segments")]
+    tokens = sum(jnp.sum(part > 0, dtype=jnp.float32) for part in segments)
+    return tokens, jnp.float32(sum(part.size for part in segments))
 
 
 def _only(mask: PyTree | None, tree: PyTree) -> PyTree:

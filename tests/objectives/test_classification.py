@@ -35,7 +35,7 @@ def test_a_single_text():
 
 
 def test_a_pair_has_token_types_and_the_longer_text_is_cut():
-    objective = objective_for(model={"num_token_types": 2}, pair_field="second")
+    objective = objective_for(model={"num_token_types": 2}, pair_field="second", too_long="cut")
     example = view(objective, text="abcdefghijkl", second="xy", label=0)
     a, b = TOKENIZER.encode("abcdefg"), TOKENIZER.encode("xy")
     assert example["tokens"].tolist() == [BOS, *a, EOS, *b, EOS]

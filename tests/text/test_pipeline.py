@@ -14,6 +14,13 @@ from lmx.text.pipeline import make_batches
 from lmx.text.tokenizers import ByteTokenizer
 from tests.text.stubs import Labels, Pairs, Rows
 
+
+@pytest.fixture(autouse=True)
+def few_at_once(monkeypatch):
+    """Several lists of examples to pack in a short stream, and less time spent on Grain's order of very few records."""
+    monkeypatch.setattr("lmx.text.pipeline.EXAMPLES_AT_ONCE", 24)
+
+
 FIRST = 5  # the id of byte 0
 TOKENIZER = ByteTokenizer()
 
@@ -63,6 +70,14 @@ STREAMS = {
     "rows": lambda **options: batches(documents(10), Rows(), **options),
     "mixture": lambda **options: batches(
         Mixture("both", [documents(10), documents(6, start=50)], [3.0, 1.0]), Rows(), **options
+    ),
+    "by size": lambda **options: batches(
+        Mixture("both", [documents(10), documents(6, start=50)]), Rows(), mixing="proportional", **options
+    ),
+    "packed mixture": lambda **options: batches(
+        Mixture("both", [open_source(f"builtin:{name}[:40]", PAIRS) for name in ("copy", "reverse")], [3, 1]),
+        Pairs(),
+        **options,
     ),
     "packed": lambda **options: batches(open_source("builtin:copy[:40]", PAIRS), Pairs(), **options),
     "unpacked": lambda **options: batches(open_source("builtin:copy[:40]", PAIRS), Pairs(), packing=False, **options),
@@ -211,6 +226,13 @@ def test_packed_examples_are_all_there_and_apart():
     assert sorted(found) == sorted((source[i]["source"], source[i]["target"]) for i in range(40))
     assert max(batch["encoder_segments"].max() for batch in taken) >= 2
     assert len(taken) < 10  # which is what one example a row would take
+
+
+def test_packing_finds_the_row_that_an_example_fits_best():
+    source = Records("pairs", [{"source": "x" * size, "target": "x" * size} for size in (3, 6, 4, 1, 7, 2)])
+    taken = list(batches(source, Pairs(length=10), train=False, batch_size=3))
+    rows = [np.bincount(row)[1:].tolist() for batch in taken for row in batch["encoder_segments"]]
+    assert rows == [[3, 7], [6, 4], [1, 2]]  # in their order, the first that fits takes one row more
 
 
 def test_without_packing_an_example_has_its_row():
