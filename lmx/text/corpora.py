@@ -10,6 +10,7 @@ A source string names where the records come from, and optionally which of them:
 ``jsonl:FILE``             a JSON object a line, with the fields it has
 ``tfds:NAME[@SPLIT]``      a split of TensorFlow Datasets (``train`` if none is named), downloaded if it must be;
                            NAME may have a config and a version: ``tfds:tiny_shakespeare@validation``
+``prepared:DIR[@SPLIT]``   what ``lmx data prepare`` wrote (``train`` if no split is named): already tokens
 =========================  =========================================================================================
 
 Files may be compressed (``.gz``, ``.xz``). A slice as in TFDS may follow: ``[:90%]``, ``[90%:]``, ``[100:200]``,
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 
 from lmx.errors import DataError, nearest
 from lmx.text import readers
+from lmx.text.prepared import PreparedDocuments, read_prepared
 from lmx.text.readers import Record
 
 _READERS = {
@@ -33,15 +35,20 @@ _READERS = {
     "text": readers.read_text,
     "jsonl": readers.read_jsonl,
     "tfds": readers.read_tfds,
+    "prepared": read_prepared,
 }
 
 
 class Source(Sequence[Record]):
-    """Records by index. ``sources`` and ``weights`` (which sum to 1) are what training mixes."""
+    """Records by index. ``sources`` and ``weights`` (which sum to 1) are what training mixes.
+
+    Where they come as tokens, ``prepared`` has these; else it is none.
+    """
 
     spec: str
     sources: tuple["Source", ...]
     weights: tuple[float, ...]
+    prepared: PreparedDocuments | None = None
 
 
 class Records(Source):
@@ -51,6 +58,7 @@ class Records(Source):
         self.spec, self.sources, self.weights = spec, (self,), (1.0,)
         self._records = records
         self._chosen = range(len(records)) if chosen is None else chosen
+        self.prepared = records if isinstance(records, PreparedDocuments) else None
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -109,7 +117,7 @@ def _open_one(spec: str, fields: Sequence[str]) -> Source:
     scheme, colon, rest = spec.partition(":")
     if not colon or scheme not in _READERS:
         raise DataError(
-            "a source is builtin:NAME, text:PATH, jsonl:FILE or tfds:NAME; there is no kind "
+            "a source is builtin:NAME, text:PATH, jsonl:FILE, tfds:NAME or prepared:DIR; there is no kind "
             f"{scheme!r} (in {spec!r}){nearest(scheme, _READERS)}"
         )
     body, cut = _split_slice(scheme, rest)
@@ -119,6 +127,8 @@ def _open_one(spec: str, fields: Sequence[str]) -> Source:
     readers.check_fields(f"the first record of {spec!r}", records[0], fields)
     if isinstance(records, readers.TextFiles):
         return Records(spec, records.part(cut(records.characters, spec, "characters")) if cut else records)
+    if isinstance(records, PreparedDocuments):
+        return Records(spec, records.part(cut(len(records), spec, "documents")) if cut else records)
     return Records(spec, records, cut(len(records), spec, "records") if cut else None)
 
 

@@ -7,6 +7,7 @@ in a text, so that text never turns into control. ``cls`` is ``<s>`` and ``sep``
 
 import abc
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -109,14 +110,24 @@ class Tokenizer(abc.ABC):
         """Writes a folder that :func:`load_tokenizer` opens; each file is written beside its place and renamed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names, description = self._files()
-        description = {"kind": self.kind, "lowercase": self.lowercase, **description}
-        encoded = json.dumps(description, ensure_ascii=True, indent=1).encode()
-        _write({**names, DESCRIPTION: encoded}, folder)  # the description last: it makes the folder valid
+        _write(self._saved(), folder)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all that :meth:`save` writes: equal where tokenizers are."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self._saved().items()):
+            digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
+        return digest.hexdigest()
 
     def publish(self, folder: Path) -> None:
         """Writes the files that ``transformers`` opens; an LmxError where they cannot say what this tokenizer does."""
         _write(self._published(), folder)
+
+    def _saved(self) -> dict[str, bytes]:
+        """The files of :meth:`save`; the description last, which makes the folder valid."""
+        files, description = self._files()
+        description = {"kind": self.kind, "lowercase": self.lowercase, **description}
+        return {**files, DESCRIPTION: json.dumps(description, ensure_ascii=True, indent=1).encode()}
 
     def _set_specials(self, num_sentinels: int) -> int:
         """Gives the special tokens of our own kinds their ids; returns the first id after them."""

@@ -24,6 +24,7 @@ from lmx.parallel.processes import host_share
 from lmx.parallel.sharding import Layout
 from lmx.text.corpora import Source, open_source
 from lmx.text.pipeline import make_batches
+from lmx.text.prepared import prepared_tokenizer
 from lmx.text.published import PublishedTokenizer
 from lmx.text.tokenizers import load_tokenizer, make_tokenizer
 from lmx.training.optimizers import make_optimizer
@@ -99,7 +100,8 @@ class Experiment:
 def build(asked: Config, workdir: Path, console: Console, devices: Any = None) -> Experiment:
     """Builds the experiment, with the cheap checks first.
 
-    The tokenizer is the run's if it has been started, else that of ``train.init_from``, else what ``tokenizer`` says.
+    The tokenizer is the run's if it has been started, else that of ``train.init_from``, else what ``tokenizer`` says; a
+    prepared corpus must have been made with it.
 
     Raises:
       LmxError: the config does not fit the devices, the data or the tokenizer.
@@ -190,6 +192,10 @@ def _tokenizer(config: Config, workdir: Path, console: Console) -> Any:
         source = _init_folder(config.train.init_from)
         console.print(f"[bold]tokenizer[/] of {config.train.init_from} (config.tokenizer is not used)")
         return PublishedTokenizer.open(source) if is_pretrained(source) else load_tokenizer(source / "tokenizer")
+    if "prepared:" in config.data.train:
+        sources = open_source(config.data.train, record_fields(config)).sources
+        for prepared in filter(None, (source.prepared for source in sources)):
+            return prepared_tokenizer(prepared, config.tokenizer)
     return make_tokenizer(config.tokenizer, _texts(config))
 
 
