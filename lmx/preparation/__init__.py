@@ -1,1 +1,1 @@
-"""Preparing corpora: cleaned, without duplicates, split, tokenized and written once; looked at; compared with others."""
+"""Preparing corpora: clean, without duplicates, split, tokenized, written once; looked at; compared with others."""

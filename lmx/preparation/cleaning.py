@@ -56,6 +56,10 @@ def _is_ended(line: str) -> bool:
     return line.endswith(_TERMINAL) and not line.endswith(_ELLIPSIS)
 
 
+def _has_words(line: str) -> bool:
+    return len(line.split()) >= C4_LINE_WORDS
+
+
 def _is_no_policy(line: str) -> bool:
     lowered = line.lower()
     return not any(words in lowered for words in _POLICY)
@@ -69,7 +73,7 @@ STEPS: dict[str, tuple[Step, str]] = {
     "javascript": (_lines(lambda line: "javascript" not in line.lower()), "C4: lines that mention Javascript removed"),
     "policy": (_lines(_is_no_policy), "C4: lines on cookies, privacy and terms of use removed"),
     "punctuation": (_lines(_is_ended), "C4: lines that do not end in . ! ? or a quotation mark removed"),
-    "line_words": (_lines(lambda line: len(line.split()) >= C4_LINE_WORDS), f"C4: lines of fewer than {C4_LINE_WORDS} words removed"),
+    "line_words": (_lines(_has_words), f"C4: lines of fewer than {C4_LINE_WORDS} words removed"),
     "placeholder": (_placeholder, "C4: documents with 'lorem ipsum' dropped"),
     "curly": (_curly, "C4: documents with a { dropped, which are code more often than not"),
     "sentences": (_sentences, f"C4: documents of fewer than {C4_SENTENCES} sentences dropped"),

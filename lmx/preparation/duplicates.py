@@ -11,8 +11,8 @@ hashes of the set estimate the Jaccard similarity. Only documents that agree in 
 So nothing is compared in more than one place, and no graph of what is like what is held. A document that is like one
 that was dropped is dropped with it.
 
-Memory: a byte a document, and one bucket file of about ``BUCKET_BYTES``. Disk, while it works: 512 bytes a document for the
-minima, 16 for the hash, and 16 for each band (16 bands at a similarity of 0.8: 784 bytes a document in all).
+Memory: two bytes a document, and one bucket file of about ``BUCKET_BYTES``. Disk, while it works: 512 bytes a document
+for the minima, 16 for the hash, and 16 for each band (16 bands at a similarity of 0.8: 784 bytes a document in all).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8, UInt32, UInt64
+from jaxtyping import Bool, UInt8, UInt32, UInt64
 
 from lmx.errors import missing_extra
 from lmx.preparation.ngrams import mixed, ngram_hashes
@@ -82,8 +82,8 @@ def band_keys(
 
 
 def alike(
-    a: UInt32[np.ndarray, "pairs minima"], b: UInt32[np.ndarray, "pairs minima"], similarity: float
-) -> np.ndarray:
+    a: UInt32[np.ndarray, "*pairs minima"], b: UInt32[np.ndarray, "*pairs minima"], similarity: float
+) -> Bool[np.ndarray, "*pairs"]:
     """For each pair of signatures, whether their estimated Jaccard similarity is at least ``similarity``."""
     return np.count_nonzero(a == b, axis=-1) >= similarity * MINIMA
 

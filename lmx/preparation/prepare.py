@@ -75,11 +75,11 @@ def prepare(
     """
     check_settings(settings)
     folder = Path(output).expanduser()
+    job = Job(settings, tuple(plan_parts(settings.sources, settings.reading, settings.part_bytes)), folder)
+    plan = _plan(settings, tokenizer)
     with _locked(folder):
-        plan = _plan(settings, tokenizer)
         if not _begin(folder, plan, console):
             return folder
-        job = Job(settings, tuple(plan_parts(settings.sources, settings.reading, settings.part_bytes)), folder)
         (folder / WORK).mkdir(exist_ok=True)
         write_json(folder / WORK / PLAN, plan)
         if runner is not None:
@@ -146,8 +146,8 @@ def _ready_tokenizer(section: schema.Tokenizer, folder: Path) -> None:
     """The tokenizer, made before the texts are there."""
     if section.kind in ("characters", "sentencepiece") and not section.path:
         raise DataError(
-            f"--runner needs a tokenizer that is there, and one of kind {section.kind!r} is to be trained: train it with "
-            "`lmx tokenizer` first, and give it with --tokenizer."
+            f"--runner needs a tokenizer that is there, and one of kind {section.kind!r} is to be trained: train it "
+            "with `lmx tokenizer` first, and give it with --tokenizer."
         )
     make_tokenizer(section, lambda: ()).save(folder / TOKENIZER)
 
@@ -168,7 +168,8 @@ def _begin(folder: Path, plan: dict[str, Any], console: Console) -> bool:
     if manifest.is_file():
         if json.loads(manifest.read_text(encoding="utf-8")).get("plan") != _digest(plan):
             raise DataError(
-                f"{folder} holds a corpus that was prepared with other settings or from other files; use another --output."
+                f"{folder} holds a corpus that was prepared with other settings or from other files; use another "
+                "--output."
             )
         shutil.rmtree(folder / WORK, ignore_errors=True)
         console.print(f"{folder.resolve()} is prepared already.", highlight=False, soft_wrap=True)
@@ -178,8 +179,8 @@ def _begin(folder: Path, plan: dict[str, Any], console: Console) -> bool:
         if before != plan:
             changed = ", ".join(sorted(name for name in plan if before.get(name) != plan[name]))
             raise DataError(
-                f"{folder} holds part of a corpus of other {changed} (options, or the content of files); give the same as "
-                "before to go on with it, or another --output."
+                f"{folder} holds part of a corpus of other {changed} (options, or the content of files); give the same "
+                "as before to go on with it, or another --output."
             )
         console.print(f"going on with {folder.resolve()}", highlight=False, soft_wrap=True)
         for left in (*folder.glob("*.tmp"), *(folder / WORK).glob("*.tmp")):  # of a run that was killed

@@ -7,6 +7,7 @@ part is done last. So whoever finds that file need not do the part again, and tw
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -253,8 +254,9 @@ def _array_records() -> Any:
 
 def check_settings(settings: Settings) -> None:
     """Raises a DataError for a number out of range."""
-    for name, low, high in (("similarity", 0.05, 1), ("validation", 0, 1), ("min_words", 0, None), ("part_bytes", 1, None)):  # fmt: skip
+    bounds = {"similarity": (0.05, 1), "validation": (0, 1), "min_words": (0, math.inf), "part_bytes": (1, math.inf)}
+    for name, (low, high) in bounds.items():
         value = getattr(settings, name)
-        if not value >= low or (high is not None and not value <= high):
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise DataError(f"{name.replace('_', ' ')} must be {bounds}, not {value}.")
+        if not low <= value <= high:
+            told = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise DataError(f"{name.replace('_', ' ')} must be {told}, not {value}.")
