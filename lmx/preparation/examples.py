@@ -27,7 +27,7 @@ class Token:
       segment: the document or example that it belongs to; 0 is padding.
       special: it stands for no text.
       predicted: it has a target that counts.
-      target: the text of the target, where it is neither this token nor simply the next one.
+      target: the text of the target, where it is neither this token nor, as everywhere in the row, the next one.
       prefix: seen by the whole of its segment.
     """
 
@@ -81,7 +81,9 @@ def open_examples(config: Config, console: Console) -> Experiment:
     """
     if config.objective.name == "none":
         raise ConfigError("objective.name='none' makes no examples; set another with --config.objective.name=….")
-    return build(config.replace(mesh=dataclasses.asdict(Mesh())), Path(), console)
+    import jax
+
+    return build(config.replace(mesh=dataclasses.asdict(Mesh())), Path(), console, jax.local_devices()[:1])
 
 
 def look(experiment: Experiment, num_rows: int, num_batches: int) -> tuple[list[Row], list[Filling]]:
@@ -111,14 +113,15 @@ def _tokens(row: Mapping[str, np.ndarray], prefix: str, tokenizer: Tokenizer) ->
     segments = row.get(f"{prefix}segments", np.ones_like(ids))
     targets, weights = row.get(f"{prefix}targets"), row.get(f"{prefix}weights")
     seen = row.get("prefix", np.zeros_like(ids)) if prefix == "" else np.zeros_like(ids)
-    texts = _texts(ids, tokenizer)
+    counts = np.zeros(len(ids), bool) if weights is None else weights > 0
+    told = counts & False if targets is None else counts & (targets != ids)
     following = np.append(ids[1:], -1)
+    if 2 * np.count_nonzero(told & (targets == following)) > np.count_nonzero(told):  # each predicts the next
+        told &= targets != following
     found = []
-    for i, (text, special) in enumerate(texts):
-        predicted = weights is not None and bool(weights[i])
-        told = predicted and targets is not None and targets[i] not in (ids[i], following[i])
-        target = _texts(targets[i : i + 1], tokenizer)[0][0] if told else ""
-        found.append(Token(text, int(segments[i]), special, predicted, target, bool(seen[i])))
+    for i, (text, special) in enumerate(_texts(ids, tokenizer)):
+        target = (_texts(targets[i : i + 1], tokenizer)[0][0] or UNFINISHED) if told[i] else ""
+        found.append(Token(text, int(segments[i]), special, bool(counts[i]), target, bool(seen[i])))
     return tuple(found)
 
 
@@ -133,9 +136,8 @@ def _texts(ids: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
             run, text = [], ""
             continue
         run.append(token)
-        longer = tokenizer.decode(run)
-        known = text.rstrip(UNFINISHED)
-        found.append((longer[len(known) :] if longer.startswith(known) else longer, False))
+        longer = tokenizer.decode(run).rstrip(UNFINISHED)
+        found.append((longer[len(text) :] if longer.startswith(text) else longer, False))
         text = longer
         if longer.endswith(("\n", " ")):  # so that a long row is not decoded from its start for every token
             run, text = [], ""

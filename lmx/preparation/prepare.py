@@ -42,7 +42,7 @@ from lmx.preparation.shards import (
     write_part,
 )
 from lmx.text.prepared import MANIFEST
-from lmx.text.tokenizers import DESCRIPTION, make_tokenizer
+from lmx.text.tokenizers import DESCRIPTION, Tokenizer, make_tokenizer
 
 LOCK, PLAN, REASONS = ".lock", "plan.json", "reasons"
 # What else than the processes of this machine may do the work of a job whose tokenizer is there.
@@ -76,14 +76,16 @@ def prepare(
     check_settings(settings)
     folder = Path(output).expanduser()
     job = Job(settings, tuple(plan_parts(settings.sources, settings.reading, settings.part_bytes)), folder)
-    plan = _plan(settings, tokenizer)
+    ready = _ready_tokenizer(tokenizer, trains_later=runner is None)
+    plan = _plan(settings, tokenizer, ready)
     with _locked(folder):
         if not _begin(folder, plan, console):
             return folder
         (folder / WORK).mkdir(exist_ok=True)
         write_json(folder / WORK / PLAN, plan)
+        if ready is not None:
+            ready.save(folder / TOKENIZER)
         if runner is not None:
-            _ready_tokenizer(tokenizer, folder)
             runner(job)
         else:
             _run_here(job, tokenizer, console, num_processes)
@@ -142,23 +144,25 @@ def _training_texts(job: Job, reasons: Sequence[np.ndarray]) -> Iterator[str]:
                 yield text
 
 
-def _ready_tokenizer(section: schema.Tokenizer, folder: Path) -> None:
-    """The tokenizer, made before the texts are there."""
-    if section.kind in ("characters", "sentencepiece") and not section.path:
+def _ready_tokenizer(section: schema.Tokenizer, trains_later: bool) -> Tokenizer | None:
+    """The tokenizer, where no text is needed to make it."""
+    if section.kind not in ("characters", "sentencepiece") or section.path:
+        return make_tokenizer(section, lambda: ())
+    if not trains_later:
         raise DataError(
             f"--runner needs a tokenizer that is there, and one of kind {section.kind!r} is to be trained: train it "
             "with `lmx tokenizer` first, and give it with --tokenizer."
         )
-    make_tokenizer(section, lambda: ()).save(folder / TOKENIZER)
+    return None
 
 
-def _plan(settings: Settings, tokenizer: schema.Tokenizer) -> dict[str, Any]:
+def _plan(settings: Settings, tokenizer: schema.Tokenizer, ready: Tokenizer | None) -> dict[str, Any]:
     """What must not change between a run and the next: settings, and the content of the files."""
     sources = [{"spec": spec, "files": describe_files(source_files(spec))} for spec in settings.sources]
     described = json.loads(json.dumps(dataclasses.asdict(settings)))
     section = json.loads(json.dumps(dataclasses.asdict(tokenizer)))
-    if tokenizer.path:
-        section["sha256"] = make_tokenizer(tokenizer, lambda: ()).fingerprint()
+    if ready is not None:
+        section["sha256"] = ready.fingerprint()
     return {"settings": described, "tokenizer": section, "sources": sources}
 
 
