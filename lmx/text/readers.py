@@ -174,7 +174,7 @@ def open_file(path: Path) -> BinaryIO:
         return COMPRESSIONS.get(path.suffix, open)(path, "rb")
     except FileNotFoundError:
         raise DataError(f"there is no file {str(path)!r}, seen from {os.getcwd()}.") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a null in it
         raise unreadable(path, error) from error
 
 
