@@ -118,7 +118,9 @@ class PublishedTokenizer(FileTokenizer):
         framed = self._tokenizer.encode("a", "a" if pair else None)
         texts = framed.sequence_ids
         if 0 not in texts:
-            raise DataError("the tokenizer has no token for the letter 'a', so that what it puts around a text is unseen.")
+            raise DataError(
+                "the tokenizer has no token for the letter 'a', so that what it puts around a text is unseen."
+            )
         first, last = texts.index(0), len(texts) - texts[::-1].index(int(pair))
         ids, types = framed.ids, framed.type_ids
         between = tuple(token for token, text in zip(ids[first:last], texts[first:last], strict=True) if text is None)

@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import random
+import re
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +24,10 @@ Record = Mapping[str, Any]
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
 # Text is packed to a tenth or so; what unpacks to far more than that was made to fill the memory.
-MOST_UNPACKED, MOST_RATIO = 1 << 26, 256
+MOST_UNPACKED, MOST_RATIO = 1 << 26, 100
 UNPACKING_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, MemoryError)
 SYNTHETIC_RECORDS = 100_000
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_fields(where: str, record: Any, fields: Sequence[str]) -> None:
@@ -243,7 +245,7 @@ def parse_record(content: bytes, path: Path, number: int, start: int, fields: Se
     check_fields(where, record, fields)
     if "\\u" in line:  # half a character, which JSON lets through and UTF-8 does not
         for name in fields:
-            if isinstance(record[name], str) and any("\ud800" <= c <= "\udfff" for c in record[name]):
+            if isinstance(record[name], str) and _SURROGATE.search(record[name]):
                 raise DataError(f"field {name!r} of {where} holds half of a surrogate pair; it is not Unicode text.")
     return record
 

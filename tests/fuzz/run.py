@@ -2,8 +2,8 @@
 
     python -m tests.fuzz.run [--seconds 600] [--json FILE] [TARGET …]
 
-Needs the package atheris beside lmx's own extra `hf`. Each target is a process of its own with a bound on memory and on the
-time of one input. What made a reader crash, hang or fill the memory is written to ``corpus/TARGET/``, from where
+Needs the package atheris beside lmx's own extra `hf`. Each target is a process of its own with a bound on memory and on
+the time of one input. What made a reader crash, hang or fill the memory is written to ``corpus/TARGET/``, from where
 ``test_corpus.py`` replays it; the process is then started again for what is left of its time.
 """
 
@@ -75,7 +75,13 @@ def run(name: str, seconds: float) -> dict:
             print(f"{name}: {found[-1]}\n{told[-2500:]}", flush=True)
             if len(found) >= 5:  # one defect is found over and over: mend it first
                 break
-    return {"name": name, "value": executions, "unit": "executions", "seconds": round(time.monotonic() - begin), "found": found}
+    return {
+        "name": name,
+        "value": executions,
+        "unit": "executions",
+        "seconds": round(time.monotonic() - begin),
+        "found": found,
+    }
 
 
 def main() -> None:

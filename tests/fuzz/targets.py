@@ -1,4 +1,4 @@
-"""Every reader of files that others wrote, as ``target(content, folder)``: it may refuse with an LmxError, and nothing else.
+"""Every reader of files that others wrote, as ``target(content, folder)``: it may refuse with an LmxError, no more.
 
 Used by the properties (:mod:`tests.fuzz.test_properties`), the fuzzer (``tests/fuzz/run.py``) and the replay of what
 they found (``tests/fuzz/corpus``). A seed is a valid file, from which mutations start.

@@ -1,4 +1,4 @@
-"""What fuzzing found stays mended: every input that a reader once choked on is answered, quickly and in little memory."""
+"""What fuzzing found stays mended: every input that a reader once choked on is answered."""
 
 from pathlib import Path
 

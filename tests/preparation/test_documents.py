@@ -10,8 +10,10 @@ from lmx.errors import DataError
 from lmx.preparation import documents
 from lmx.preparation.documents import Reading, describe_files, plan_parts, read_part, source_files
 
+WHOLE_FILES = Reading()
 
-def all_texts(spec: str, part_bytes: int, reading: Reading = Reading()) -> tuple[list[str], int]:
+
+def all_texts(spec: str, part_bytes: int, reading: Reading = WHOLE_FILES) -> tuple[list[str], int]:
     parts = plan_parts([spec], reading, part_bytes)
     return [text for part in parts for text in read_part(part, reading)], len(parts)
 
@@ -26,7 +28,7 @@ def corpus(tmp_path):
         files[f"{number:02d}.txt"] = "\n".join(lines) + rng.choice(["", "\n"])
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    (tmp_path / "99.txt.gz").write_bytes(gzip.compress("packed\nlines".encode()))
+    (tmp_path / "99.txt.gz").write_bytes(gzip.compress(b"packed\nlines"))
     return tmp_path, [text for text in files.values() if text] + ["packed\nlines"]
 
 

@@ -110,7 +110,8 @@ def test_it_goes_on_from_wherever_it_was_killed(sources, whole, tmp_path, monkey
     expected, stops = contents(whole[0]), 0
     for moment in range(1, 80, 9):
         output = tmp_path / str(moment)
-        for left in (moment, 3):
+        for stop in (moment, 3):
+            left = stop
             try:
                 run(output, sources)
             except Killed:
