@@ -71,8 +71,8 @@ def make_tokenizers(folder: Path, source: Path) -> dict[str, str]:
     (folder / "tokenizer.json").write_text(bpe.to_str())
     return {
         "sentencepiece": str(folder / "sentencepiece"),
-        "tokenizer.json": str(folder / "tokenizer.json"),
         "bytes": "bytes",
+        "tokenizer.json": str(folder / "tokenizer.json"),
     }
 
 
@@ -136,9 +136,9 @@ def main() -> None:
                     {"name": f"{base}/wall", "value": whole["wall"], "unit": "s"},
                     {"name": f"{base}/memory", "value": whole["memory"], "unit": "MiB"},
                 ]
-    if args.json:
-        contents = {"machine": f"{os.cpu_count()} cores", "note": args.note, "rows": rows}
-        args.json.write_text(json.dumps(contents, indent=1) + "\n")
+                if args.json:
+                    contents = {"machine": f"{os.cpu_count()} cores", "note": args.note, "rows": rows}
+                    args.json.write_text(json.dumps(contents, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ class Objective:
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Which text, cut and batched how. Sources: builtin:NAME, text:GLOB, jsonl:FILE, tfds:NAME@SPLIT (train if not
-    named), prepared:DIR@SPLIT (what ``lmx data prepare`` wrote), each with an optional slice as in TFDS (``[:90%]``), or
-    a weighted mixture ``0.7*SOURCE + 0.3*SOURCE``."""
+    named), prepared:DIR@SPLIT (by ``lmx data prepare``), each with an optional slice as in TFDS (``[:90%]``), or a
+    weighted mixture ``0.7*SOURCE + 0.3*SOURCE``."""
 
     train: str = option("builtin:python_manual[:90%]", "Training source.")
     eval: str = option("builtin:python_manual[90%:]", "Held-out source.")

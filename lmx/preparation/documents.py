@@ -66,7 +66,10 @@ def plan_parts(specs: Sequence[str], reading: Reading, part_bytes: int) -> list[
     for number, spec in enumerate(specs):
         files = source_files(spec)
         if files:
-            parts += [Part(number, spec, spans) for spans in _grouped(files, part_bytes)]
+            spans = list(_grouped(files, part_bytes))
+            if not spans:
+                raise DataError(f"the source {spec!r} is empty: it holds no text at all.")
+            parts += [Part(number, spec, group) for group in spans]
             continue
         source = _opened(spec, reading.field)
         if len(source.sources) > 1:

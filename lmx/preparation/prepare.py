@@ -98,7 +98,7 @@ def _run_here(job: Job, tokenizer: schema.Tokenizer, console: Console, num_proce
     columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     numbers = range(len(job.parts))
     with (
-        Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+        Progress(*columns, TimeRemainingColumn(), console=console, refresh_per_second=2) as progress,
         processes(min(num_processes, len(numbers))) as call,
     ):
         call(clean_part, job, [(number,) for number in numbers], _bar(progress, "cleaning", len(numbers)))
@@ -190,7 +190,7 @@ def _begin(folder: Path, plan: dict[str, Any], console: Console) -> bool:
         for left in (*folder.glob("*.tmp"), *(folder / WORK).glob("*.tmp")):  # of a run that was killed
             left.unlink(missing_ok=True)
         return True
-    others = [path.name for path in folder.iterdir() if path.name not in (LOCK, WORK, TOKENIZER)]
+    others = [path.name for path in folder.iterdir() if path.name not in (LOCK, WORK)]
     if others:
         raise DataError(f"{folder} holds {others[0]!r} already; give a new or empty folder with --output.")
     console.print(f"preparing {', '.join(plan['settings']['sources'])} into {folder.resolve()}", soft_wrap=True)

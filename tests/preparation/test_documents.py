@@ -89,6 +89,9 @@ def test_bad_sources_say_why(tmp_path):
         all_texts(f"jsonl:{tmp_path}/bad.jsonl", 10**6)
     with pytest.raises(DataError, match="line 1 after byte 14"):
         all_texts(f"jsonl:{tmp_path}/bad.jsonl", 14)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match="empty.txt' is empty"):
+        all_texts(f"text:{tmp_path}/empty.txt", 10)
     with pytest.raises(DataError, match="is a mixture"):
         plan_parts(["1*builtin:python_manual + 1*builtin:python_manual"], Reading(), 10)
     (tmp_path / "bad.txt.gz").write_bytes(gzip.compress(b"x" * 999)[:-20])
