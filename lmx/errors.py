@@ -4,8 +4,9 @@ Everything a user can get wrong raises an :class:`LmxError`. The command line pr
 paragraph and exits with status 2; any other exception is a defect of lmx and keeps its traceback.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class LmxError(ValueError):
@@ -44,3 +45,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def missing_extra(package: str, extra: str, purpose: str) -> LmxError:
     """The error for an optional package that is not installed."""
     return LmxError(f"{purpose} needs the package {package!r}, which is not installed. Run: pip install 'lmx[{extra}]'")
+
+
+@contextlib.contextmanager
+def damage_is(kind: type[LmxError], what: str) -> Iterator[None]:
+    """Turns whatever a library raises about a file that others wrote into an error for the reader.
+
+    Args:
+      kind: the error.
+      what: the file, as the message begins.
+    """
+    try:
+        yield
+    except LmxError:
+        raise
+    except BaseException as error:
+        # A library written in Rust panics with an exception that is none of Python's.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).strip().splitlines() or [""])[-1][:200]
+        raise kind(f"{what} is damaged or not supported ({type(error).__name__}: {reason}).") from error

@@ -77,6 +77,8 @@ def placeholders(node: Any) -> dict[str, Any]:
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
     """Makes ``cls`` and the sections in it from nested dicts; raises :class:`ConfigError` for an unknown name."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a config is an object with sections, not {values!r:.99}")
     known = [*leaves(cls), *(field.name for field in dataclasses.fields(cls))]
 
     def make(cls: type, values: Mapping[str, Any], prefix: str) -> Any:

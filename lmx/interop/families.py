@@ -37,7 +37,8 @@ def family_of(model_type: str) -> Family:
 
 def head_of(family: Family, config: Mapping[str, Any]) -> tuple[str, Head]:
     """The architecture that a ``config.json`` names, the family's first one where it names none."""
-    name = (config.get("architectures") or [next(iter(family.architectures))])[0]
+    named = config.get("architectures") or [next(iter(family.architectures))]
+    name = str(named[0] if isinstance(named, list) else named)
     if name not in family.architectures:
         raise CheckpointError(
             f"architecture {name!r} of config.json is not supported{nearest(name, family.architectures)}"

@@ -68,8 +68,11 @@ def open_tensors(folder: Path) -> Tensors:
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        outside = [name for name in names if os.path.basename(name) != name or name in ("", ".", "..")]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index of shards ({error!r}); fetch it again.") from None
+    if outside:
+        raise CheckpointError(f"{index} names {outside[0]!r}, which is no file of its own folder; it is not opened.")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(f"{index} names shards that are not there: {', '.join(missing)}. Fetch them again.")
@@ -107,6 +110,8 @@ class Safetensors(Tensors):
         return DTYPES[kind]
 
     def read(self, name, index):
+        if not self.shapes[name]:
+            raise CheckpointError(f"tensor {name} of {self.files[name]} is a single number, which no model here has.")
         dtype, (_, *inner) = self.dtype(name), self.shapes[name]
         row = math.prod(inner) * dtype.itemsize
         part = np.empty((index[0].stop - index[0].start, *inner), dtype)

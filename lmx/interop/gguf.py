@@ -11,8 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lmx.errors import CheckpointError, missing_extra
+from lmx.errors import CheckpointError, damage_is, missing_extra
 from lmx.interop.files import Tensors
+from lmx.text.gguf_header import check_gguf
 
 NAMES = {  # of a layer
     "attn_norm": "input_layernorm",
@@ -53,10 +54,15 @@ class Gguf(Tensors):
         except ImportError:
             raise missing_extra("gguf", "hf", f"{path.name}, a GGUF file") from None
         try:
-            reader = gguf.GGUFReader(path)
-            self.fields = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, IndexError, KeyError, OSError) as error:
+            check_gguf(path)
+        except (ValueError, OSError) as error:
             raise CheckpointError(f"{path} is no GGUF file, or is damaged ({error}); fetch it again.") from None
+        with damage_is(CheckpointError, str(path)):
+            self._open(gguf, path)
+
+    def _open(self, gguf: Any, path: Path) -> None:
+        reader = gguf.GGUFReader(path)
+        self.fields = {name: field.contents() for name, field in reader.fields.items()}
         self._dequantize = gguf.quants.dequantize
         self._plain = {
             gguf.GGMLQuantizationType.F32: np.dtype(np.float32),

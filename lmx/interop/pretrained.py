@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
-from lmx.errors import CheckpointError
+from lmx.errors import CheckpointError, damage_is
 from lmx.interop.families import family_of
 from lmx.interop.family import Family, build_model
 from lmx.interop.files import Tensors, open_tensors
@@ -55,7 +55,7 @@ def is_pretrained(folder: Path) -> bool:
         return folder.is_file()
     try:
         return "model_type" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -76,8 +76,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        config["model_type"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if type(config["model_type"]) is not str:
+            raise TypeError(f"model_type is {config['model_type']!r}")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is no config.json of a published checkpoint: {error!r}.") from None
     return config
 
@@ -92,7 +93,8 @@ def model_config(config: Mapping[str, Any], tensors: Tensors, heads: tuple[str, 
       CheckpointError: something in it cannot be represented.
     """
     family = family_of(config["model_type"])
-    fields = family.model(config, heads)
+    with damage_is(CheckpointError, "config.json"):
+        fields = family.model(config, heads)
     named = canonical(family, tensors.shapes)
     output, table = (named.get(name) for name in family.output)
     if output is None or table is None:

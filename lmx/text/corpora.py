@@ -15,6 +15,7 @@ A source string names where the records come from, and optionally which of them:
 ``hf:NAME[@SPLIT]``        a split of the datasets library: a folder of ``save_to_disk``, or a name on the hub, which
                            may have a config: ``hf:nyu-mll/glue/sst2@validation``
 ``task:NAME[@SPLIT]``      a task as text to text, ``{"source", "target"}``: see :mod:`lmx.text.tasks`
+``prepared:DIR[@SPLIT]``   what ``lmx data prepare`` wrote (``train`` if no split is named): already tokens
 =========================  =========================================================================================
 
 Files of text and JSON may be compressed (``.gz``, ``.xz``). A slice as in TFDS may follow: ``[:90%]``, ``[90%:]``,
@@ -33,6 +34,7 @@ from fractions import Fraction
 
 from lmx.errors import DataError, nearest
 from lmx.text import columns, readers
+from lmx.text.prepared import PreparedDocuments, read_prepared
 from lmx.text.readers import Record
 from lmx.text.tasks import TaskRecords, find_task
 from lmx.text.templates import Template, Viewed
@@ -45,6 +47,7 @@ _READERS = {
     "parquet": columns.read_parquet,
     "tfds": readers.read_tfds,
     "hf": columns.read_hf,
+    "prepared": read_prepared,
 }
 _KINDS = (*_READERS, "task")
 
@@ -57,12 +60,14 @@ class Source(Sequence[Record]):
       sources: what training mixes.
       weights: the part of each in the training rows, which sum to 1; empty where the source string has none.
       class_names: of each field that holds classes as numbers, their names in order, where the source knows them.
+      prepared: the records as tokens, where they come so.
     """
 
     spec: str
     sources: tuple["Source", ...]
     weights: tuple[Fraction, ...]
     class_names: Mapping[str, tuple[str, ...]]
+    prepared: PreparedDocuments | None = None
 
 
 class Records(Source):
@@ -73,6 +78,7 @@ class Records(Source):
         self.class_names = getattr(records, "class_names", {})
         self._records = records
         self._chosen = range(len(records)) if chosen is None else chosen
+        self.prepared = records if isinstance(records, PreparedDocuments) else None
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -177,8 +183,8 @@ def _open_one(spec: str, fields: Sequence[str], tasks: Sequence[str]) -> Source:
     scheme, colon, rest = spec.partition(":")
     if not colon or scheme not in _KINDS:
         raise DataError(
-            "a source is builtin:NAME, text:PATH, jsonl:FILE, parquet:PATH, tfds:NAME, hf:NAME or task:NAME; there is "
-            f"no kind {scheme!r} (in {spec!r}){nearest(scheme, _KINDS)}"
+            "a source is builtin:NAME, text:PATH, jsonl:FILE, parquet:PATH, tfds:NAME, hf:NAME, task:NAME or "
+            f"prepared:DIR; there is no kind {scheme!r} (in {spec!r}){nearest(scheme, _KINDS)}"
         )
     body, cut = _split_slice(scheme, rest)
     records = _read_task(body, tasks) if scheme == "task" else _read(scheme, body, fields)
@@ -187,6 +193,8 @@ def _open_one(spec: str, fields: Sequence[str], tasks: Sequence[str]) -> Source:
     readers.check_fields(f"the first record of {spec!r}", records[0], fields)
     if isinstance(records, readers.TextFiles):
         return Records(spec, records.part(cut(records.characters, spec, "characters")) if cut else records)
+    if isinstance(records, PreparedDocuments):
+        return Records(spec, records.part(cut(len(records), spec, "documents")) if cut else records)
     return Records(spec, records, cut(len(records), spec, "records") if cut else None)
 
 

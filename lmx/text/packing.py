@@ -65,9 +65,14 @@ class TokenStore:
     def build(cls, source: Source, tokenizer: Tokenizer, field: str) -> "TokenStore":
         """Tokenizes ``field`` of every record; documents without tokens are left out. Long work shows its progress.
 
+        What is prepared is read as it is, when its tokens are asked for.
+
         Raises:
           DataError: a record holds something other than text, or there are no tokens at all.
+          ConfigError: what is prepared has the tokens of another tokenizer.
         """
+        if source.prepared is not None:
+            return cls(source.prepared.tokens(tokenizer), source.prepared.offsets)
         documents: list[np.ndarray] = []
         with Progress(len(source), f"tokenizing {source.spec}") as progress:
             for texts in _groups(source, field):

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lmx.errors import DataError, LmxError, missing_extra
+from lmx.errors import DataError, LmxError, damage_is, missing_extra
+from lmx.text.gguf_header import check_gguf
 from lmx.text.sentence_pieces import llama_json, published_json
 from lmx.text.subwords import FileTokenizer, library, read_text
 from lmx.text.tokenizers import Frame
@@ -56,6 +57,11 @@ class PublishedTokenizer(FileTokenizer):
         Raises:
           DataError: there are none, or they are damaged.
         """
+        with damage_is(DataError, f"the tokenizer in {folder}"):
+            return cls._open(folder)
+
+    @classmethod
+    def _open(cls, folder: Path) -> "PublishedTokenizer":
         if folder.suffix == ".gguf":
             return cls(*_from_gguf(folder))
         settings = {name: read_text(folder / name) for name in SETTINGS if (folder / name).is_file()}
@@ -111,6 +117,10 @@ class PublishedTokenizer(FileTokenizer):
         """As the folder's post-processor has it, seen on a text (or two) of one token."""
         framed = self._tokenizer.encode("a", "a" if pair else None)
         texts = framed.sequence_ids
+        if 0 not in texts:
+            raise DataError(
+                "the tokenizer has no token for the letter 'a', so that what it puts around a text is unseen."
+            )
         first, last = texts.index(0), len(texts) - texts[::-1].index(int(pair))
         ids, types = framed.ids, framed.type_ids
         between = tuple(token for token, text in zip(ids[first:last], texts[first:last], strict=True) if text is None)
@@ -207,6 +217,7 @@ def _from_gguf(path: Path) -> tuple[str, dict[str, str]]:
         import gguf
     except ImportError:
         raise missing_extra("gguf", "hf", f"{path.name}, a GGUF file") from None
+    check_gguf(path)
     fields = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
     prefix, tokenizers = "tokenizer.ggml.", library()
     if f"{prefix}tokens" not in fields:

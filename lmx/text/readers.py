@@ -11,9 +11,10 @@ import os
 import random
 import re
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,9 +22,13 @@ from lmx.errors import DataError, missing_extra, nearest
 
 Record = Mapping[str, Any]
 
-COMPRESSIONS = {".gz": gzip.decompress, ".xz": lzma.decompress}
+COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
 TEXT_SUFFIXES = tuple(text + packed for text in (".txt", ".text", ".md", ".rst") for packed in ("", *COMPRESSIONS))
+# Text is packed to a tenth or so; what unpacks to far more than that was made to fill the memory.
+MOST_UNPACKED, MOST_RATIO = 1 << 26, 100
+UNPACKING_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, MemoryError)
 SYNTHETIC_RECORDS = 100_000
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_fields(where: str, record: Any, fields: Sequence[str]) -> None:
@@ -152,12 +157,16 @@ def read_text(pattern: str, fields: Sequence[str]) -> TextFiles:
         try:
             texts.append(content.decode())
         except UnicodeDecodeError as error:
-            raise _not_utf8(path, error.start, content[error.start]) from None
+            raise not_utf8(path, error.start, content[error.start]) from None
     return TextFiles(texts)
 
 
 def find_files(pattern: str, suffixes: Sequence[str]) -> list[Path]:
-    """The file, the files of a glob, or all with one of the suffixes in a folder; sorted, and never none."""
+    """The file, the files of a glob, or all with one of the suffixes in a folder, sorted by path.
+
+    Raises:
+      DataError: there are none.
+    """
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
@@ -177,15 +186,49 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[Path]:
 def _read(path: Path) -> bytes:
     """The content of a file, unpacked if compressed."""
     try:
-        content = path.read_bytes()
-        return COMPRESSIONS[path.suffix](content) if path.suffix in COMPRESSIONS else content
+        with open_file(path) as file:
+            if path.suffix not in COMPRESSIONS:
+                return file.read()
+            chunks, size, packed = [], 0, path.stat().st_size
+            while chunk := file.read(1 << 20):
+                chunks.append(chunk)
+                size += len(chunk)
+                check_unpacked(path, size, packed)
+            return b"".join(chunks)
+    except UNPACKING_ERRORS as error:
+        raise unreadable(path, error) from error
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opens a file to read, unpacked if compressed; reading raises one of ``UNPACKING_ERRORS`` where it is damaged.
+
+    Raises:
+      DataError: there is no such file.
+    """
+    try:
+        return COMPRESSIONS.get(path.suffix, open)(path, "rb")
     except FileNotFoundError:
         raise DataError(f"there is no file {str(path)!r}, seen from {os.getcwd()}.") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a null in it
+        raise unreadable(path, error) from error
 
 
-def _not_utf8(path: Path, offset: int, byte: int) -> DataError:
+def check_unpacked(path: Path, size: int, packed: int) -> None:
+    """Raises a DataError where a file of ``packed`` bytes has unpacked to more than text ever does."""
+    if size > max(MOST_UNPACKED, MOST_RATIO * packed):
+        raise DataError(
+            f"{path} cannot be read: its {packed:,} bytes unpack to more than {size:,}, which no text does. Unpack it "
+            "yourself if that is meant."
+        )
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    """The error for a file that is there and cannot be read or unpacked."""
+    return DataError(f"{path} cannot be read: {error or type(error).__name__}")
+
+
+def not_utf8(path: Path, offset: int, byte: int) -> DataError:
+    """The error for a byte that is no part of a character."""
     return DataError(f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset:,}. Convert the file to UTF-8.")
 
 
@@ -202,7 +245,7 @@ class _JsonLines(Sequence):
         self._spans = []
         for number, (start, stop) in enumerate(zip(starts, stops, strict=True), start=1):
             if self._content[start:stop].strip():
-                self._check(path, number, start, stop, fields)
+                parse_record(self._content[start:stop], path, number, start, fields)
                 self._spans.append((start, stop))
         self._spans = np.array(self._spans, np.int64).reshape(-1, 2)
 
@@ -213,23 +256,32 @@ class _JsonLines(Sequence):
         start, stop = self._spans[index].tolist()
         return json.loads(self._content[start:stop])
 
-    def _check(self, path: Path, number: int, start: int, stop: int, fields: Sequence[str]) -> None:
-        where = f"{path} line {number}"
-        try:
-            line = self._content[start:stop].decode()
-            record = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, start + error.start, self._content[start + error.start]) from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
-        check_fields(where, record, fields)
-        if "\\u" in line:  # half a character, which JSON lets through and UTF-8 does not
-            for name in fields:
-                value = lookup(where, record, name)
-                if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-                    raise DataError(
-                        f"field {name!r} of {where} holds half of a surrogate pair; it is not Unicode text."
-                    )
+
+def parse_record(content: bytes, path: Path, number: int, start: int, fields: Sequence[str]) -> Record:
+    """The record on a line of a JSON Lines file; a DataError where it is none, or lacks one of the fields.
+
+    Args:
+      content: the line.
+      path, number, start: the file, the line's number in it from 1, and the byte that it begins at.
+      fields: what the record must hold.
+    """
+    where = f"{path} line {number}"
+    try:
+        line = content.decode()
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, start + error.start, content[error.start]) from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets in brackets in …
+        raise DataError(f"{where} is not JSON that can be read: {error}.") from None
+    check_fields(where, record, fields)
+    if "\\u" in line:  # half a character, which JSON lets through and UTF-8 does not
+        for name in fields:
+            value = lookup(where, record, name)
+            if isinstance(value, str) and _SURROGATE.search(value):
+                raise DataError(f"field {name!r} of {where} holds half of a surrogate pair; it is not Unicode text.")
+    return record
 
 
 def read_jsonl(name: str, fields: Sequence[str]) -> Sequence[Record]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lmx.errors import DataError, missing_extra
 from lmx.text.subwords import LINE_SYMBOLS, SPACE, library, sentinels
+from lmx.text.tokenizers import check_sentinels
 
 Pieces = Sequence[tuple[str, float]]
 NEVER = -1e4  # a score that no way to cut a text has room for
@@ -44,7 +45,7 @@ def published_json(path: Path, model_type: str, config: Mapping[str, Any]) -> st
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         ["$A", eos], ["$A", eos, "$B", eos], [(eos, names.index(eos))]
     )
-    extra = config.get("extra_ids", 100 if model_type in ("t5", "switch_transformers") else 0)
+    extra = check_sentinels(config.get("extra_ids", 100 if model_type in ("t5", "switch_transformers") else 0))
     tokenizer.add_special_tokens([*control, unknown])
     if not sentinels(dict(zip(names, range(len(names)), strict=True))):
         tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(extra))])

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from lmx import config as schema
-from lmx.errors import ConfigError, DataError, missing_extra
-from lmx.text.tokenizers import SPECIALS, Tokenizer
+from lmx.errors import ConfigError, DataError, damage_is, missing_extra
+from lmx.text.tokenizers import SPECIALS, Tokenizer, check_sentinels
 
 MODEL_FILE = "spiece.model"
 LONGEST_SENTENCE = 1000  # characters; the trainer throws away sentences beyond a limit, so long lines are cut
 LONG_LINE = 1 << 14  # characters encoded at once
+MOST_IDS = 1 << 24  # tables of all ids are made
 
 SPACE = "\u2581"  # SentencePiece writes a space so, and would read this character in a text as a space
 LINE_SYMBOLS = ("\n", "\t")  # each its own piece: newlines stay, and tabs would make the trainer skip the line
@@ -49,6 +50,10 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise DataError(f"this is not a SentencePiece model: {error}") from error
         self.lowercase = lowercase
+        with damage_is(DataError, "the SentencePiece model"):
+            self._read_pieces(pieces, check_sentinels(num_sentinels))
+
+    def _read_pieces(self, pieces: Any, num_sentinels: int) -> None:
         size = self.vocab_size = pieces.vocab_size()
         names = {pieces.id_to_piece(i): i for i in range(size)}
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = (
@@ -181,12 +186,18 @@ class FileTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
         except Exception as error:  # the library raises bare Exceptions
             raise DataError(f"this is not a tokenizer.json of the tokenizers library: {error}") from error
+        with damage_is(DataError, "the tokenizer.json"):
+            self._read_vocabulary(check_sentinels(num_sentinels))
+
+    def _read_vocabulary(self, num_sentinels: int) -> None:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         if num_sentinels and not sentinels(self._tokenizer.get_vocab()):
             self._tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(num_sentinels))])
         names = self._tokenizer.get_vocab()
         self.vocab_size = max(names.values()) + 1
+        if self.vocab_size > MOST_IDS:
+            raise DataError(f"the tokenizer.json has an id of {self.vocab_size - 1:,}, which no vocabulary has.")
         for role, candidates in self._ROLES.items():
             setattr(self, role, next((names[name] for name in candidates if name in names), None))
         self.sentinel_ids = sentinels(names)
@@ -202,6 +213,11 @@ class FileTokenizer(Tokenizer):
             if not found:
                 raise DataError(f"tokenizer.path: the folder {path} holds neither tokenizer.json nor vocab.txt.")
             path = found[0]
+        with damage_is(DataError, f"the tokenizer {path}"):
+            return cls._open_file(path, config)
+
+    @classmethod
+    def _open_file(cls, path: Path, config: schema.Tokenizer) -> "FileTokenizer":
         if path.suffix == ".json":
             if config.lowercase:
                 raise ConfigError(f"{path} has its own normalization: leave tokenizer.lowercase at False.")
@@ -214,7 +230,8 @@ class FileTokenizer(Tokenizer):
         return cls(read_text(folder / "tokenizer.json"))
 
     def _encode_batch(self, texts):
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with damage_is(DataError, "the tokenizer"):  # it may lack the token that it has for what is unknown
+            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
     def _decode(self, ids):

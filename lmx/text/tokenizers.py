@@ -7,6 +7,7 @@ in a text, so that text never turns into control. ``cls`` is ``<s>`` and ``sep``
 
 import abc
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from lmx.errors import ConfigError, DataError, LmxError, nearest
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 DESCRIPTION = "lmx_tokenizer.json"
+MOST_SENTINELS = 100_000
 
 Texts = Callable[[], Iterable[str]]
 
@@ -109,20 +111,30 @@ class Tokenizer(abc.ABC):
         """Writes a folder that :func:`load_tokenizer` opens; each file is written beside its place and renamed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names, description = self._files()
-        description = {"kind": self.kind, "lowercase": self.lowercase, **description}
-        encoded = json.dumps(description, ensure_ascii=True, indent=1).encode()
-        _write({**names, DESCRIPTION: encoded}, folder)  # the description last: it makes the folder valid
+        _write(self._saved(), folder)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all that :meth:`save` writes: equal where tokenizers are."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self._saved().items()):
+            digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
+        return digest.hexdigest()
 
     def publish(self, folder: Path) -> None:
         """Writes the files that ``transformers`` opens; an LmxError where they cannot say what this tokenizer does."""
         _write(self._published(), folder)
 
+    def _saved(self) -> dict[str, bytes]:
+        """The files of :meth:`save`; the description last, which makes the folder valid."""
+        files, description = self._files()
+        description = {"kind": self.kind, "lowercase": self.lowercase, **description}
+        return {**files, DESCRIPTION: json.dumps(description, ensure_ascii=True, indent=1).encode()}
+
     def _set_specials(self, num_sentinels: int) -> int:
         """Gives the special tokens of our own kinds their ids; returns the first id after them."""
         self.pad_id, self.bos_id, self.eos_id, self.unk_id, self.mask_id = range(len(SPECIALS))
         self.cls_id, self.sep_id = self.bos_id, self.eos_id
-        first = len(SPECIALS) + num_sentinels
+        first = len(SPECIALS) + check_sentinels(num_sentinels)
         self.sentinel_ids = tuple(range(len(SPECIALS), first))
         self.special_ids = frozenset(range(first))
         return first
@@ -194,6 +206,8 @@ class CharacterTokenizer(Tokenizer):
 
     def __init__(self, characters: str, num_sentinels: int = 0, lowercase: bool = False):
         self._first = self._set_specials(num_sentinels)
+        if not characters:
+            raise DataError("there is no text to take the vocabulary from: the training source is empty.")
         self.characters = "".join(sorted(set(characters)))
         self._codes = _code_points(self.characters)
         self.vocab_size = self._first + len(self.characters)
@@ -257,10 +271,7 @@ def make_tokenizer(config: schema.Tokenizer, texts: Texts) -> Tokenizer:
         return ByteTokenizer(config.num_sentinels, config.lowercase)
     if config.kind == "characters":
         limited = _limited(texts(), config.training_characters)
-        tokenizer = CharacterTokenizer.train(limited, config.num_sentinels, config.lowercase)
-        if not tokenizer.characters:
-            raise DataError("there is no text to take the vocabulary from: the training source is empty.")
-        return tokenizer
+        return CharacterTokenizer.train(limited, config.num_sentinels, config.lowercase)
     from lmx.text.subwords import SentencePieceTokenizer
 
     return SentencePieceTokenizer.train(_limited(texts(), config.training_characters), config)
@@ -284,9 +295,9 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
             return kinds[kind].load(Path(folder), **description)
     except FileNotFoundError as error:
         raise DataError(f"{folder} is no tokenizer of lmx: there is no {error.filename}.") from None
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
+    except LmxError:
+        raise
+    except Exception as error:  # of a file that others may have written: of any kind
         raise DataError(f"{path} is damaged: {error!r}. Save the tokenizer again.") from error
     raise DataError(
         f"{path} describes a tokenizer of unknown kind {kind!r}{nearest(kind, [*kinds, 'bytes', 'characters'])}"
@@ -327,6 +338,13 @@ def _write(files: dict[str, bytes], folder: Path) -> None:
         beside = folder / f"{name}.tmp"
         beside.write_bytes(content)
         beside.replace(folder / name)
+
+
+def check_sentinels(count: int) -> int:
+    """The count, where it is one; a DataError otherwise."""
+    if type(count) is not int or not 0 <= count <= MOST_SENTINELS:
+        raise DataError(f"tokenizer.num_sentinels must be between 0 and {MOST_SENTINELS:,}, not {count!r:.99}.")
+    return count
 
 
 def _limited(texts: Iterable[str], characters: int) -> Iterable[str]:

@@ -26,6 +26,7 @@ from lmx.text.corpora import Source, open_source, source_names, split_mixture
 from lmx.text.lengths import fitted_records
 from lmx.text.mixing import mixing_shares
 from lmx.text.pipeline import example_counts, make_batches
+from lmx.text.prepared import prepared_tokenizer
 from lmx.text.published import PublishedTokenizer
 from lmx.text.tfds_fields import tfds_fields
 from lmx.text.tokenizers import load_tokenizer, make_tokenizer
@@ -128,7 +129,8 @@ class Experiment:
 def build(asked: Config, workdir: Path, console: Console, devices: Any = None) -> Experiment:
     """Builds the experiment, with the cheap checks first.
 
-    The tokenizer is the run's if it has been started, else that of ``train.init_from``, else what ``tokenizer`` says.
+    The tokenizer is the run's if it has been started, else that of ``train.init_from``, else what ``tokenizer`` says; a
+    prepared corpus must have been made with it.
 
     Raises:
       LmxError: the config does not fit the devices, the data or the tokenizer.
@@ -242,6 +244,10 @@ def _tokenizer(config: Config, workdir: Path, console: Console) -> Any:
         source = _init_folder(config.train.init_from)
         console.print(f"[bold]tokenizer[/] of {config.train.init_from} (config.tokenizer is not used)")
         return PublishedTokenizer.open(source) if is_pretrained(source) else load_tokenizer(source / "tokenizer")
+    if "prepared:" in config.data.train:
+        sources = open_source(config.data.train, record_fields(config)).sources
+        for prepared in filter(None, (source.prepared for source in sources)):
+            return prepared_tokenizer(prepared, config.tokenizer)
     return make_tokenizer(config.tokenizer, _texts(config))
 
 
