@@ -23,6 +23,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from lmx.errors import DataError, nearest
 from lmx.text import readers
@@ -43,6 +44,11 @@ class Source(Sequence[Record]):
     sources: tuple["Source", ...]
     weights: tuple[float, ...]
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the records come from, where they come from files."""
+        return tuple(path for source in self.sources for path in source.files)
+
 
 class Records(Source):
     """A run of the records of one corpus."""
@@ -57,6 +63,10 @@ class Records(Source):
 
     def __getitem__(self, index: int) -> Record:
         return self._records[self._chosen[index]]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(getattr(self._records, "files", ()))
 
 
 class Mixture(Source):

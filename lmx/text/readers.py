@@ -48,12 +48,21 @@ def read_builtin(name: str, fields: Sequence[str]) -> Sequence[Record]:
     return _BUILTINS[name]()
 
 
-def _python_manual() -> list[Record]:
-    from pydoc_data.topics import topics
+class _PythonManual(Sequence):
+    """The topics of Python's reference manual. Their text differs between Python versions."""
 
-    # By hash, so that a slice is a fair sample of the alphabet. The text itself differs between Python versions.
-    names = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return [{"text": topics[name]} for name in names]
+    def __init__(self):
+        from pydoc_data import topics
+
+        self.files, self._topics = (Path(topics.__file__),), topics.topics
+        # By hash, so that a slice is a fair sample of the alphabet.
+        self._names = sorted(self._topics, key=lambda name: hashlib.sha256(name.encode()).digest())
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Record:
+        return {"text": self._topics[self._names[index]]}
 
 
 class _Words(Sequence):
@@ -80,7 +89,7 @@ def _reversed(word: str) -> str:
 
 
 _BUILTINS: dict[str, Callable[[], Sequence[Record]]] = {
-    "python_manual": _python_manual,
+    "python_manual": _PythonManual,
     "copy": lambda: _Words(_same),
     "reverse": lambda: _Words(_reversed),
 }
@@ -92,7 +101,8 @@ _BUILTINS: dict[str, Callable[[], Sequence[Record]]] = {
 class TextFiles(Sequence):
     """One record a file, or a part of one; sliced by characters of the whole."""
 
-    def __init__(self, texts: Sequence[str]):
+    def __init__(self, texts: Sequence[str], files: Sequence[Path] = ()):
+        self.files = tuple(files)
         self._texts = [text for text in texts if text]
         self.characters = sum(map(len, self._texts))
 
@@ -109,20 +119,21 @@ class TextFiles(Sequence):
             [
                 text[max(chosen.start - start, 0) : max(chosen.stop - start, 0)]
                 for text, start in zip(self._texts, starts, strict=False)
-            ]
+            ],
+            self.files,
         )
 
 
 def read_text(pattern: str, fields: Sequence[str]) -> TextFiles:
     """The files that a path, a folder or a glob names, sorted by path."""
-    texts = []
-    for path in _find_files(pattern):
+    texts, files = [], _find_files(pattern)
+    for path in files:
         content = _read(path)
         try:
             texts.append(content.decode())
         except UnicodeDecodeError as error:
             raise _not_utf8(path, error.start, content[error.start]) from None
-    return TextFiles(texts)
+    return TextFiles(texts, files)
 
 
 def _find_files(pattern: str) -> list[Path]:
@@ -165,6 +176,7 @@ class _JsonLines(Sequence):
     """Records of a JSON Lines file, parsed when asked for; blank lines are passed over."""
 
     def __init__(self, path: Path, fields: Sequence[str]):
+        self.files = (path,)
         self._content = _read(path)
         breaks = np.flatnonzero(np.frombuffer(self._content, np.uint8) == ord("\n"))
         starts, stops = [0, *(breaks + 1).tolist()], [*breaks.tolist(), len(self._content)]
@@ -211,8 +223,8 @@ def read_jsonl(name: str, fields: Sequence[str]) -> Sequence[Record]:
 class _TfdsRecords(Sequence):
     """Records of a TFDS data source, bytes made text and scalars made Python's own."""
 
-    def __init__(self, data_source: Sequence):
-        self._data_source = data_source
+    def __init__(self, data_source: Sequence, files: Sequence[Path]):
+        self._data_source, self.files = data_source, tuple(files)
 
     def __len__(self) -> int:
         return len(self._data_source)
@@ -252,4 +264,4 @@ def read_tfds(name: str, fields: Sequence[str]) -> Sequence[Record]:
             f"{builder.data_path} holds {name!r} in a format without random access. Prepare it again with "
             "tfds.builder(NAME, file_format='array_record').download_and_prepare()."
         ) from error
-    return _TfdsRecords(data_source)
+    return _TfdsRecords(data_source, [Path(path) for path in builder.info.splits[split].filepaths])
