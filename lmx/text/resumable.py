@@ -14,7 +14,6 @@ from absl import flags
 
 from lmx.errors import DataError
 
-
 RESTARTS = 3  # of loader workers, without an element between
 
 
