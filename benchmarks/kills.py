@@ -47,7 +47,7 @@ class Life:
     """
 
     def __init__(self, workdir: Path, settings: tuple[str, ...], devices: int = 1, record: Path | None = None):
-        self.workdir = workdir
+        self.workdir, self._left = workdir, inode(workdir)
         command = (
             [sys.executable, "-m", "lmx"] if record is None else [sys.executable, __file__, "--record", str(record)]
         )
@@ -69,9 +69,9 @@ class Life:
         )
 
     def reach(self, step: int, seconds: float = 600) -> float:
-        """Waits until the line of a step is there; returns when that was."""
+        """Waits until this process has written the line of a step; returns when that was."""
         end = time.monotonic() + seconds
-        while last_step(self.workdir) < step:
+        while inode(self.workdir) == self._left or last_step(self.workdir) < step:
             if self._process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"step {step} was not reached: {self._said()}")
             time.sleep(0.002)
@@ -91,6 +91,12 @@ class Life:
     def _said(self) -> str:
         self._output.seek(0)
         return self._output.read()[-2000:]
+
+
+def inode(workdir: Path) -> int | None:
+    """Of metrics.jsonl, which each process writes anew when it begins; None where there is none."""
+    path = workdir / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else None
 
 
 def last_step(workdir: Path) -> int:
