@@ -43,7 +43,10 @@ def hosts(name, count, workers, state=None):
 def global_batches(made, count):
     """The batches that the hosts have together."""
     parts = [take(iterator, count) for iterator in made]
-    return [{name: np.concatenate([part[name] for part in batch]) for name in batch[0]} for batch in zip(*parts)]
+    return [
+        {name: np.concatenate([part[name] for part in batch]) for name in batch[0]}
+        for batch in zip(*parts, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES)
