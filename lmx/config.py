@@ -117,6 +117,11 @@ class Data:
     )
     shuffle: bool = option(True, "Training rows in a fresh random order each epoch.")
     num_workers: int = option(0, "Processes that prepare batches; 0: a thread of this one.", low=0)
+    on_change: str = option(
+        "stop",
+        "Data files that changed since the run began: stop, or warn and go on; unchecked: no file is hashed.",
+        choices=("stop", "warn", "unchecked"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +199,15 @@ class Train:
     early_stop_delta: float = option(0.0, "Smallest fall of the eval loss that counts as better.", low=0)
     samples: int = option(2, "Continuations written to samples.txt at each evaluation (decoders).", low=0)
     sample_prompt: str = option("", "Their prompt.")
+    on_nan: str = option(
+        "stop",
+        "A loss or gradient that is not finite: stop the run, or skip the batch, which then changes nothing.",
+        choices=("stop", "skip"),
+    )
+    max_skipped: int = option(10, "Most batches that a run may skip; one more ends it.", low=0)
+    stalled_after: float = option(
+        1800.0, "Seconds without a step after which one of several processes ends itself; 0: never.", low=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -114,6 +115,23 @@ def gather(values: Sequence[int]) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(np.asarray(values, np.int32))
+
+
+def first_alone(action: Callable[[], Any]) -> Any:
+    """Does something in the first process while the others wait; what goes wrong there ends all of them.
+
+    Returns:
+      In the first process what ``action`` returns, elsewhere None.
+    """
+    result = problem = None
+    if is_first():
+        try:
+            result = action()
+        except Exception as error:
+            problem = error
+    if gather([problem is not None]).any():
+        raise problem or LmxError("the first process of this run cannot go on; its own message says why.")
+    return result
 
 
 def is_first() -> bool:

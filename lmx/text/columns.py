@@ -26,7 +26,7 @@ class ParquetRecords(Sequence):
     """Records of Parquet files, one after the other; a row group is decoded when one of its rows is asked for."""
 
     def __init__(self, paths: Sequence[Path], fields: Sequence[str]):
-        self._paths = list(paths)
+        self._paths, self.files = list(paths), tuple(paths)
         self._groups: list[tuple[int, int]] = []  # file and row group of each row group
         counts = []
         self._reset()
@@ -139,6 +139,7 @@ class _HubRecords(Sequence):
         for path in fields:
             readers.lookup(where, dict.fromkeys(data.column_names), readers.column(path))
         self._data = data.select_columns([*dict.fromkeys(map(readers.column, fields))])
+        self.files = tuple(Path(file["filename"]) for file in data.cache_files)
         self.class_names = {name: tuple(f.names) for name, f in data.features.items() if getattr(f, "names", None)}
 
     def __len__(self) -> int:

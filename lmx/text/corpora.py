@@ -31,6 +31,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 from lmx.errors import DataError, nearest
 from lmx.text import columns, readers
@@ -69,6 +70,11 @@ class Source(Sequence[Record]):
     class_names: Mapping[str, tuple[str, ...]]
     prepared: PreparedDocuments | None = None
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the records come from, where they come from files."""
+        return tuple(path for source in self.sources for path in source.files)
+
 
 class Records(Source):
     """A run of the records of one corpus."""
@@ -85,6 +91,10 @@ class Records(Source):
 
     def __getitem__(self, index: int) -> Record:
         return self._records[self._chosen[index]]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(getattr(self._records, "files", ()))
 
 
 class Mixture(Source):

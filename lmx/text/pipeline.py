@@ -92,7 +92,8 @@ def make_batches(
         if train:
             batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD)
     else:
-        batches = stream.batch(batch_size, batch_fn=layout.stack)[process_index::process_count]
+        # An endless stream has no remainder, and Grain cannot count its batches of one row if there might be one.
+        batches = stream.batch(batch_size, drop_remainder=train, batch_fn=layout.stack)[process_index::process_count]
         batches = FromIndex(batches, num_workers, read_ahead=BATCHES_AHEAD)
     return ClosedAtExit(iter(batches))
 

@@ -75,11 +75,12 @@ class PreparedDocuments(Sequence[Mapping[str, Any]]):
 
     Attributes:
       offsets: where each document begins among the tokens of all, and where the last one ends.
+      files: the manifest, which holds the hash of everything.
     """
 
     def __init__(self, folder: Path, split: str, chosen: range | None = None):
         """Opens a split; a DataError where a file is missing or has another size than the manifest says."""
-        self.folder, self.split = folder, split
+        self.folder, self.split, self.files = folder, split, (folder / MANIFEST,)
         self._manifest = read_manifest(folder)
         splits = self._manifest["splits"]
         if split not in splits:

@@ -84,12 +84,21 @@ def read_builtin(name: str, fields: Sequence[str]) -> Sequence[Record]:
     return _BUILTINS[name]()
 
 
-def _python_manual() -> list[Record]:
-    from pydoc_data.topics import topics
+class _PythonManual(Sequence):
+    """The topics of Python's reference manual. Their text differs between Python versions."""
 
-    # By hash, so that a slice is a fair sample of the alphabet. The text itself differs between Python versions.
-    names = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return [{"text": topics[name]} for name in names]
+    def __init__(self):
+        from pydoc_data import topics
+
+        self.files, self._topics = (Path(topics.__file__),), topics.topics
+        # By hash, so that a slice is a fair sample of the alphabet.
+        self._names = sorted(self._topics, key=lambda name: hashlib.sha256(name.encode()).digest())
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Record:
+        return {"text": self._topics[self._names[index]]}
 
 
 class _Words(Sequence):
@@ -116,7 +125,7 @@ def _reversed(word: str) -> str:
 
 
 _BUILTINS: dict[str, Callable[[], Sequence[Record]]] = {
-    "python_manual": _python_manual,
+    "python_manual": _PythonManual,
     "copy": lambda: _Words(_same),
     "reverse": lambda: _Words(_reversed),
 }
@@ -128,7 +137,8 @@ _BUILTINS: dict[str, Callable[[], Sequence[Record]]] = {
 class TextFiles(Sequence):
     """One record a file, or a part of one; sliced by characters of the whole."""
 
-    def __init__(self, texts: Sequence[str]):
+    def __init__(self, texts: Sequence[str], files: Sequence[Path] = ()):
+        self.files = tuple(files)
         self._texts = [text for text in texts if text]
         self.characters = sum(map(len, self._texts))
 
@@ -145,20 +155,21 @@ class TextFiles(Sequence):
             [
                 text[max(chosen.start - start, 0) : max(chosen.stop - start, 0)]
                 for text, start in zip(self._texts, starts, strict=False)
-            ]
+            ],
+            self.files,
         )
 
 
 def read_text(pattern: str, fields: Sequence[str]) -> TextFiles:
     """The files that a path, a folder or a glob names, sorted by path."""
-    texts = []
-    for path in find_files(pattern, TEXT_SUFFIXES):
+    texts, files = [], find_files(pattern, TEXT_SUFFIXES)
+    for path in files:
         content = _read(path)
         try:
             texts.append(content.decode())
         except UnicodeDecodeError as error:
             raise not_utf8(path, error.start, content[error.start]) from None
-    return TextFiles(texts)
+    return TextFiles(texts, files)
 
 
 def find_files(pattern: str, suffixes: Sequence[str]) -> list[Path]:
@@ -239,6 +250,7 @@ class _JsonLines(Sequence):
     """Records of a JSON Lines file, parsed when asked for; blank lines are passed over."""
 
     def __init__(self, path: Path, fields: Sequence[str]):
+        self.files = (path,)
         self._content = _read(path)
         breaks = np.flatnonzero(np.frombuffer(self._content, np.uint8) == ord("\n"))
         starts, stops = [0, *(breaks + 1).tolist()], [*breaks.tolist(), len(self._content)]
@@ -296,11 +308,12 @@ class _TfdsRecords(Sequence):
     """Records of a TFDS data source, bytes made text and scalars made Python's own.
 
     Attributes:
+      files: that they are read from.
       class_names: of each field that holds classes, their names in order.
     """
 
-    def __init__(self, data_source: Sequence, features: Mapping[str, Any]):
-        self._data_source = data_source
+    def __init__(self, data_source: Sequence, features: Mapping[str, Any], files: Sequence[Path]):
+        self._data_source, self.files = data_source, tuple(files)
         self.class_names = {name: tuple(f.names) for name, f in features.items() if getattr(f, "names", None)}
 
     def __len__(self) -> int:
@@ -351,4 +364,5 @@ def read_tfds(name: str, fields: Sequence[str]) -> Sequence[Record]:
             f"{builder.data_path} holds {name!r} in a format without random access. Prepare it again with "
             "tfds.builder(NAME, file_format='array_record').download_and_prepare()."
         ) from error
-    return _TfdsRecords(data_source, builder.info.features)
+    files = [Path(path) for path in builder.info.splits[split].filepaths]
+    return _TfdsRecords(data_source, builder.info.features, files)

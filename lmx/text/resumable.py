@@ -1,13 +1,20 @@
 """Grain datasets whose position is small, and whose iterators end cleanly. Importing this module imports Grain."""
 
 import atexit
+import multiprocessing
+import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import grain
 from absl import flags
+
+from lmx.errors import DataError
+
+RESTARTS = 3  # of loader workers, without an element between
 
 
 class FromIndex(grain.IterDataset):
@@ -42,24 +49,34 @@ class FromIndex(grain.IterDataset):
             # Batches are small; in shared memory, arrays that live on to the end would be reported as leaks.
             never_shared = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
             elements = grain.experimental.WithOptionsIterDataset(elements, never_shared)
-            elements = elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
+            options = grain.MultiprocessingOptions(num_workers=self._num_workers)
+            elements = elements.mp_prefetch(options, worker_init_fn=_end_with_parent)
         return iter(elements)
 
 
 class _FromIndexIterator(grain.DatasetIterator):
-    """Starts its threads or processes when first asked for an element, and anew after ``set_state``."""
+    """Starts its threads or processes when first asked for an element, and anew after ``set_state``.
+
+    An element is a function of its index. So when a worker process is killed (by the system, for memory, most often),
+    all of them are started again at the element that is due, and nothing is lost or changed.
+    """
 
     def __init__(self, start: Callable[[int], grain.DatasetIterator]):
         super().__init__()
         self._start = start
-        self._next_index, self._elements = 0, None
+        self._next_index, self._elements, self._restarts = 0, None, 0
 
     def __next__(self) -> Any:
-        if self._elements is None:
-            self._elements = self._start(self._next_index)
-        element = next(self._elements)
-        self._next_index += 1
-        return element
+        while True:
+            if self._elements is None:
+                self._elements = self._start(self._next_index)
+            try:
+                element = next(self._elements)
+            except RuntimeError as error:
+                self._restart(error)
+                continue
+            self._next_index, self._restarts = self._next_index + 1, 0
+            return element
 
     def get_state(self) -> dict[str, int]:
         return {"next_index": self._next_index}
@@ -71,6 +88,19 @@ class _FromIndexIterator(grain.DatasetIterator):
     def close(self) -> None:
         self._stop()
         super().close()
+
+    def _restart(self, error: RuntimeError) -> None:
+        """Gets ready to start again where it was, if the error is that of a worker that died."""
+        if "terminated unexpectedly" not in str(error):
+            raise error
+        if self._restarts == RESTARTS:
+            raise DataError(
+                f"a loader worker died {RESTARTS + 1} times at element {self._next_index:,} ({error}). If that was for "
+                "want of memory, lower data.num_workers; data.num_workers=0 loads without such processes."
+            ) from error
+        self._restarts += 1
+        print(f"lmx: a loader worker died; starting again at element {self._next_index:,}.", file=sys.stderr)
+        self._stop()
 
     def _stop(self) -> None:
         if self._elements is not None:
@@ -116,6 +146,16 @@ class ClosedAtExit(grain.DatasetIterator):
             self._iterator.close()
             self._iterator = None
         super().close()
+
+
+def _end_with_parent(*_: Any) -> None:
+    """In a worker: ends it when the process it works for is gone, which a killed one has no time to see to."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @atexit.register

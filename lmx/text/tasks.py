@@ -79,7 +79,7 @@ class TaskRecords(Sequence[Record]):
     """The records of a source as the ``source`` and ``target`` of a task."""
 
     def __init__(self, records: Sequence[Record], task: Task):
-        self._records, self._task = records, task
+        self._records, self._task, self.files = records, task, getattr(records, "files", ())
         self._input, self._target = Template(task.input), Template(task.target)
 
     def __len__(self) -> int:

@@ -48,7 +48,7 @@ class Viewed(Sequence[Record]):
 
     def __init__(self, records: Sequence[Record], templates: Mapping[str, Template]):
         self._records, self._templates = records, templates
-        self.class_names = getattr(records, "class_names", {})
+        self.class_names, self.files = getattr(records, "class_names", {}), getattr(records, "files", ())
 
     def __len__(self) -> int:
         return len(self._records)

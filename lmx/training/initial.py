@@ -1,5 +1,7 @@
 """Where parameters come from, in this order: the run's own checkpoint, another run (``train.init_from``), scratch."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +18,21 @@ from lmx.models.stack import to_layout
 from lmx.parallel.sharding import Layout, like_params, on_host, param_shardings, use_layout
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.experiment import Experiment
+from lmx.training.progress import tell_reader
 from lmx.training.state import TrainState, init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint holds beside the state.
+
+    Attributes:
+      position: in the data.
+      pending: metrics of the steps that no line tells of yet.
+    """
+
+    position: dict
+    pending: list
 
 
 def state_layout(experiment: Experiment) -> TrainState:
@@ -32,15 +48,17 @@ def state_layout(experiment: Experiment) -> TrainState:
 
 def initial_state(
     experiment: Experiment, optimizer: optax.GradientTransformation, checkpoints: Checkpoints | None, console: Console
-) -> tuple[TrainState, dict | None]:
-    """The state to start from, on the mesh, and the position in the data (none: the start)."""
+) -> tuple[TrainState, Resumed | None]:
+    """The state to start from, on the mesh, and what else this run's checkpoint knows (none: it starts)."""
     config, layout = experiment.config, state_layout(experiment)
 
     # 1. This run's own newest checkpoint.
-    if checkpoints is not None and checkpoints.latest_step() is not None:
-        state, data_state, meta = checkpoints.restore(layout)
+    tell = functools.partial(tell_reader, console)
+    saved = checkpoints.restore_newest(layout, tell) if checkpoints is not None else None
+    if saved is not None:
+        state, position, meta = saved
         console.print(f"[bold]resumed[/] at step {meta['step']:,} from {checkpoints.folder}")
-        return state, data_state
+        return state, Resumed(position, meta.get("pending", []))
 
     shardings = jax.tree.map(lambda x: x.sharding, layout)
 

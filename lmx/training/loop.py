@@ -1,9 +1,10 @@
 """The loop: from a config and a workdir to a trained model, whatever interrupts it."""
 
 import dataclasses
+import functools
 import itertools
-import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,28 @@ from lmx.models.flops import forward_flops
 from lmx.models.heads import num_params
 from lmx.parallel.compile import axis_name, compile_step
 from lmx.parallel.hardware import hardware_of
-from lmx.parallel.processes import barrier, gather, host_share
+from lmx.parallel.processes import barrier, first_alone, gather, host_share
 from lmx.parallel.sharding import moved_dimensions, put_batch
+from lmx.parallel.watchdog import Watchdog
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.experiment import Experiment, build
 from lmx.training.initial import check_init_from, initial_state
+from lmx.training.lock import WorkdirLock
 from lmx.training.metrics import MetricsWriter, Throughput
 from lmx.training.optimizers import eval_params, make_schedule, trainable
-from lmx.training.progress import Progress
+from lmx.training.pending import Pending, means
+from lmx.training.progress import Progress, tell_reader
 from lmx.training.report import write_report
 from lmx.training.samples import write_samples
 from lmx.training.state import TrainState
-from lmx.training.step import make_eval_step, make_train_step
+from lmx.training.step import SKIPPED, make_eval_step, make_train_step
 from lmx.training.stopping import Interrupt, has_converged
-from lmx.training.workdir import check_same_experiment, write_config
+from lmx.training.workdir import check_same_experiment, checked_data_files, explains_full_disk, write_config
+
+ADVICE = (
+    "Try a lower optimizer.learning_rate, more optimizer.warmup_steps, a smaller optimizer.clip_norm, or "
+    "model.dtype='float32'; a look at the data near that step may help too."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,37 +79,59 @@ def train(config: Config, workdir: str | Path, *, console: Console | None = None
     if not (workdir / "config.json").is_file():  # a run that has begun does not need what it began from
         check_init_from(experiment)
     barrier("built")  # nobody reads the workdir while it is being written
-    if jax.process_index() == 0:
-        experiment.tokenizer.save(workdir / "tokenizer")
-        write_config(workdir, experiment.config, config, num_params(experiment.abstract_params()))
-    barrier("written")
-    _print_header(experiment, workdir, console)
-    with Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints, Interrupt() as interrupt:
-        run = _Run(experiment, workdir, batches, checkpoints, console)
+    with (
+        explains_full_disk(workdir),
+        WorkdirLock(workdir),
+        Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
+        Interrupt() as interrupt,
+        Watchdog(config.train.stalled_after, workdir) as watchdog,
+    ):
+        first_alone(lambda: _write_beginning(experiment, workdir, console))
+        _print_header(experiment, workdir, console)
+        run = _Run(experiment, workdir, batches, checkpoints, console, watchdog)
         try:
             return run.finish(run.loop(interrupt))
         finally:
             run.writer.close()
 
 
+def _write_beginning(experiment: Experiment, workdir: Path, console: Console) -> None:
+    """What stands in a workdir before the first step, once the data is known to be that of the run."""
+    files = [path for source in experiment.sources.values() for path in source.files]
+    tell = functools.partial(tell_reader, console)
+    data_files = checked_data_files(workdir, files, experiment.config.data.on_change, tell)
+    experiment.tokenizer.save(workdir / "tokenizer")
+    num_parameters = num_params(experiment.abstract_params())
+    write_config(workdir, experiment.config, experiment.asked, num_parameters, data_files)
+
+
 class _Run:
     """The moving parts of a run: state, position, and what is waiting to be logged."""
 
-    def __init__(self, experiment: Experiment, workdir: Path, batches: Any, checkpoints: Checkpoints, console: Console):
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        batches: Any,
+        checkpoints: Checkpoints,
+        console: Console,
+        watchdog: Watchdog,
+    ):
         config = experiment.config
         self.experiment, self.config, self.workdir = experiment, config, workdir
-        self.batches, self.checkpoints, self.console = batches, checkpoints, console
+        self.batches, self.checkpoints, self.console, self.watchdog = batches, checkpoints, console, watchdog
         optimizer = experiment.optimizer()
-        self.state, data_state = initial_state(experiment, optimizer, checkpoints, console)
-        if data_state is not None:
-            batches.set_state(data_state)
+        self.state, resumed = initial_state(experiment, optimizer, checkpoints, console)
+        if resumed is not None:
+            batches.set_state(resumed.position)
+        self.pending = Pending(resumed.pending if resumed else ())
         self.step = int(self.state.step)
         self.train_step = compiled_train_step(experiment, optimizer, self.state)
         self.eval_step = compiled_eval_step(experiment, jax.tree.map(lambda x: x.sharding, self.state.params))
         self.writer = MetricsWriter(workdir, resume_step=self.step)
         self.eval_losses = [line["eval/loss"] for line in self.writer.resumed if "eval/loss" in line]
         self.latest = {name: value for line in self.writer.resumed for name, value in line.items() if name != "step"}
-        self.pending: list[dict] = []  # metrics of the steps since the last line, still on the device
+        self.skipped = sum(int(line.get("train/skipped", 0)) for line in self.writer.resumed)
         self.throughput = throughput(experiment)
         self.tokens = 0  # of this process since the last line
 
@@ -117,9 +148,8 @@ class _Run:
                 self._advance()
                 evaluating = self.step % train.eval_every == 0 or self.step >= train.steps
                 stopped = self._agreed(interrupt.signal, evaluating)  # read once: a later signal is the next step's
-                done = self.step >= train.steps or stopped is not None
                 metrics = {}
-                if self.step % train.log_every == 0 or evaluating or done:
+                if self.step % train.log_every == 0 or evaluating:
                     metrics = self._fetch()
                 progress.update(self.step, metrics or None)
                 if evaluating:
@@ -127,9 +157,10 @@ class _Run:
                 if metrics:
                     self._write(metrics)
                 converged = has_converged(self.eval_losses, train.early_stop_evals, train.early_stop_delta)
-                if self.step % train.checkpoint_every == 0 or done or converged:
+                done = self.step >= train.steps or converged
+                if self.step % train.checkpoint_every == 0 or done or stopped is not None:
                     self._save(metrics)
-                if self.step >= train.steps or converged:
+                if done:
                     return "converged" if converged else "complete"
                 if stopped is not None:
                     return stopped.name
@@ -146,11 +177,13 @@ class _Run:
 
     def _advance(self) -> None:
         """One step; returns as soon as the device has it to do."""
-        batch = next(self.batches)
+        with self.throughput.waiting():
+            batch = next(self.batches)
         self.tokens += sum(int((batch[name] > 0).sum()) for name in batch if name.endswith("segments"))
         self.state, metrics = self.train_step(self.state, put_batch(batch, self.experiment.mesh))
-        self.pending.append(metrics)
+        self.pending.add(metrics)
         self.step += 1
+        self.watchdog.beat(self.step)
 
     def _agreed(self, stopped: signal.Signals | None, evaluating: bool) -> signal.Signals | None:
         """The signal that stops the run after this step. Several processes must stop at the same one, so they ask
@@ -164,15 +197,13 @@ class _Run:
 
     def _fetch(self) -> dict[str, float]:
         """Means since the last line, with the speed; a value that is not finite ends the run."""
-        fetched, self.pending = jax.device_get(self.pending), []
+        self._check_pending()
         copies = jax.process_count() // host_share(self.experiment.mesh)[1]  # of every row, over the processes
         self.throughput.count(int(gather([self.tokens]).sum()) // copies)
         self.tokens = 0
-        for step, metrics in enumerate(fetched, start=self.step - len(fetched) + 1):
-            broken = sorted(name for name, (total, _) in metrics.items() if not math.isfinite(total))
-            if broken:
-                raise self._diverged(step, broken)
-        return {f"train/{name}": value for name, value in means(fetched).items()} | self.throughput.read()
+        line = self.pending.take()
+        self.skipped += int(line.get(SKIPPED, 0))
+        return {f"train/{name}": value for name, value in line.items()} | self.throughput.read()
 
     def _write(self, metrics: dict[str, float]) -> None:
         self.writer.write(self.step, metrics)
@@ -180,7 +211,8 @@ class _Run:
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         self.throughput.pause()
-        metrics = evaluate(self.experiment, self.eval_step, eval_params(self.state))
+        beat = functools.partial(self.watchdog.beat, self.step)
+        metrics = evaluate(self.experiment, self.eval_step, eval_params(self.state), beat=beat)
         self.eval_losses.append(metrics["eval/loss"])
         progress.evaluated(self.step, metrics)
         if jax.process_count() == 1:  # decoding computes where the parameters are, and here that is not all of them
@@ -191,24 +223,40 @@ class _Run:
     def _save(self, metrics: dict[str, float]) -> None:
         """Saves, once everything up to here is known to be finite."""
         self.throughput.pause()
-        for name, (total, _) in jax.device_get(self.pending[-1]).items() if self.pending else ():
-            if not math.isfinite(total):
-                raise self._diverged(self.step, [name])
-        self.checkpoints.save(self.step, self.state, self.batches.get_state(), metrics)
+        self._check_pending()
+        self.writer.sync()
+        self.checkpoints.save(self.step, self.state, self.batches.get_state(), metrics, self.pending.saved())
+        self.watchdog.beat(self.step)
         self.throughput.resume()
+
+    def _check_pending(self) -> None:
+        """Raises where the steps since the last line are not what a run can go on from."""
+        if (broken := self.pending.broken(self.step)) is not None:
+            raise self._diverged(*broken)
+        skipped, most = self.skipped + self.pending.skipped(), self.config.train.max_skipped
+        if skipped > most:
+            raise TrainingError(
+                f"{skipped} batches up to step {self.step} were skipped: their loss or gradients were not finite; "
+                f"train.max_skipped is {most}. {ADVICE}"
+            )
 
     def _diverged(self, step: int, broken: list[str]) -> TrainingError:
         self.checkpoints.wait()
         good = self.checkpoints.latest_step()
         kept = f"The last good checkpoint is step {good}" if good is not None else "There is no checkpoint yet"
         return TrainingError(
-            f"{', '.join(broken)} of step {step} is not finite. {kept}, in {self.checkpoints.folder}. Try a "
-            "lower optimizer.learning_rate, more optimizer.warmup_steps, a smaller optimizer.clip_norm, or "
-            "model.dtype='float32'; a look at the data near that step may help too."
+            f"{', '.join(broken)} of step {step} is not finite. {kept}, in {self.checkpoints.folder}. {ADVICE} "
+            "train.on_nan='skip' leaves out single batches like this one."
         )
 
 
-def evaluate(experiment: Experiment, eval_step: Any, params: Any, source: str | None = None) -> dict[str, float]:
+def evaluate(
+    experiment: Experiment,
+    eval_step: Any,
+    params: Any,
+    source: str | None = None,
+    beat: Callable[[], Any] = lambda: None,
+) -> dict[str, float]:
     """Means over the held-out data, each row once: ``eval/loss`` (nats) and the objective's other terms.
 
     Of a mixture also ``eval/loss/NAME`` and the other terms of each source, over its own rows.
@@ -217,21 +265,20 @@ def evaluate(experiment: Experiment, eval_step: Any, params: Any, source: str | 
       eval_step: of :func:`compiled_eval_step`.
       params: the parameters to score, on the mesh.
       source: other data than the config's ``data.eval``.
+      beat: called at every batch.
     """
+
+    def score(batch: dict) -> Any:
+        beat()
+        return eval_step(params, put_batch(batch, experiment.mesh))
+
     terms, limit = {}, experiment.config.eval.max_batches or None
     for name, batches in experiment.eval_batches_by_source(source).items():
-        own = [eval_step(params, put_batch(batch, experiment.mesh)) for batch in itertools.islice(batches, limit)]
-        terms[name] = jax.device_get(own)
+        terms[name] = jax.device_get([score(batch) for batch in itertools.islice(batches, limit)])
     found = {f"eval/{term}": value for term, value in means(sum(terms.values(), [])).items()}
     for name, own in terms.items() if len(terms) > 1 else ():
         found |= {f"eval/{term}/{name}": value for term, value in means(own).items()}
     return found
-
-
-def means(metrics: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
-    """The one division: sums over all steps and parts, by their weights."""
-    sums = jax.tree.map(lambda *parts: float(sum(parts)), *metrics)
-    return {name: total / weight if weight else 0.0 for name, (total, weight) in sums.items()}
 
 
 def compiled_train_step(experiment: Experiment, optimizer: Any, state: TrainState) -> Any:
@@ -247,6 +294,7 @@ def compiled_train_step(experiment: Experiment, optimizer: Any, state: TrainStat
         seed=config.seed,
         axis_name=axis_name(config.train.strategy),
         offload=config.optimizer.offload,
+        skip_nonfinite=config.train.on_nan == "skip",
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return compile_step(step, config.train.strategy, experiment.layout, shardings, updates=True)

@@ -1,10 +1,13 @@
 """The numbers of a run: ``metrics.jsonl``, TensorBoard files, and how fast the hardware is used."""
 
+import contextlib
+import errno
 import importlib.util
 import json
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,15 @@ import jax
 from lmx.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
-
-# Dense bfloat16 multiply-add peak of a chip, in FLOP/s, by what `jax.Device.device_kind` holds; the first match counts.
+TIMINGS = ("tokens_per_second", "model_flops_utilization", "input_wait")  # what no two runs have in common
 
 
 class MetricsWriter:
     """Appends a line a step to ``metrics.jsonl``, and the same numbers to ``tensorboard/``.
 
-    A line is written at once and whole. Lines of a step that was lost (newer than the checkpoint that a run
-    resumes from) and a last line torn by a kill are removed at opening, so every step stands once. Of several
-    processes the first alone writes.
+    A line is written by one call of the system, whole or not at all: neither a kill nor a full disk tears it. Lines of
+    a step that was lost (newer than the checkpoint that a run resumes from) and a last line torn by the machine's end
+    are removed at opening, so every step stands once. Of several processes the first alone writes.
 
     Args:
       workdir: the run's folder.
@@ -45,7 +47,7 @@ class MetricsWriter:
             folder.mkdir(parents=True, exist_ok=True)
             beside.write_text("".join(map(_line, self.resumed)), encoding="utf-8")
             beside.replace(path)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
             self._tensorboard = _tensorboard(folder / "tensorboard", resume_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -54,20 +56,34 @@ class MetricsWriter:
         Args:
           step: updates made so far; greater than in the line before.
           metrics: numbers by name, ``train/loss`` or ``tokens_per_second``; device scalars are fetched.
+
+        Raises:
+          OSError: the disk is full; the file ends with the line before.
         """
         if self._file is None:
             return
         values = {name: float(value) for name, value in metrics.items()}
-        self._file.write(_line({"step": int(step), **values}))
-        self._file.flush()
+        self._append(_line({"step": int(step), **values}).encode())
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
 
+    def sync(self) -> None:
+        """Returns when the lines are on disk, for a checkpoint that must not outlive them."""
+        if self._file is not None:
+            os.fsync(self._file)
+
+    def _append(self, line: bytes) -> None:
+        before = os.fstat(self._file).st_size
+        if os.write(self._file, line) < len(line):  # so much room was left
+            os.ftruncate(self._file, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), METRICS_FILE)
+
     def close(self) -> None:
         """Closes both files."""
         if self._file is not None:
-            self._file.close()
+            os.close(self._file)
+            self._file = None
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -111,11 +127,18 @@ class Throughput:
 
     def __init__(self, flops_per_token: float | None = None, peak: float | None = None):
         self._flops_per_token, self._peak = flops_per_token, peak
-        self._tokens, self._running_since, self._seconds = 0, time.perf_counter(), 0.0
+        self._tokens, self._running_since, self._seconds, self._waited = 0, time.perf_counter(), 0.0, 0.0
 
     def count(self, tokens: int) -> None:
         """Adds the tokens of a finished step."""
         self._tokens += tokens
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for input. The device may still be at work meanwhile, so it counts rather too much."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def pause(self) -> None:
         """Stops the clock: evaluations and checkpoints are no training time."""
@@ -129,12 +152,14 @@ class Throughput:
             self._running_since = time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """``tokens_per_second`` (and ``model_flops_utilization``) since the last reading; starts afresh."""
+        """``tokens_per_second``, ``input_wait`` (the fraction of the time spent waiting for a batch) and, where the
+        peak is known, ``model_flops_utilization`` since the last reading; starts afresh."""
         self.pause()
         rate = self._tokens / self._seconds if self._seconds > 0 else math.nan
-        self._tokens, self._seconds = 0, 0.0
+        wait = self._waited / self._seconds if self._seconds > 0 else math.nan
+        self._tokens, self._seconds, self._waited = 0, 0.0, 0.0
         self.resume()
-        found = {"tokens_per_second": rate}
+        found = {"tokens_per_second": rate, "input_wait": wait}
         if self._flops_per_token and self._peak:
             found["model_flops_utilization"] = rate * self._flops_per_token / self._peak
         return found

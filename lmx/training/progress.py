@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -68,6 +69,11 @@ class Progress:
     def _print(self, line: str) -> None:
         self._printed = time.monotonic()
         self.console.print(line, highlight=False)
+
+
+def tell_reader(console: Console, sentence: str) -> None:
+    """Prints what a reader should know although the run goes on."""
+    console.print(f"[bold yellow]note:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

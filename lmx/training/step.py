@@ -18,6 +18,7 @@ from lmx.training.state import TrainState, step_rngs
 
 Metrics = dict[str, tuple[Array, Array]]
 EXPERT_LOSSES = ("load_balance", "router_z")
+SKIPPED = "skipped"
 
 
 def make_train_step(
@@ -31,6 +32,7 @@ def make_train_step(
     seed: int = 0,
     axis_name: str | None = None,
     offload: bool = False,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds ``train_step(state, batch) -> (state, metrics)``.
 
@@ -46,6 +48,8 @@ def make_train_step(
       axis_name: the mapped axis when each device runs the step on its own rows (pmap); none when the whole
         batch is one array (jit over a mesh).
       offload: the optimizer's state comes from the host's memory; the caller's output shardings send it back there.
+      skip_nonfinite: where a metric of the batch is not finite (its loss or the norm of its gradients, say), parameters
+        and optimizer stay as they are, and the batch counts in no metric but ``skipped``. Decided on the device.
 
     Returns:
       The step. Its metrics are pairs of sum and weight: the objective's terms (``loss`` among them), the experts'
@@ -77,14 +81,19 @@ def make_train_step(
         grads, terms = total((grads, terms))
         norm = optax.tree.norm(grads)
         grads = _filled(trainable, grads, jax.tree.map(jnp.zeros_like, state.params))
-        opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device) if offload else state.opt_state
-        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        old_opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device) if offload else state.opt_state
+        updates, opt_state = optimizer.update(grads, old_opt_state, state.params)
         metrics = terms | {
             "grad_norm": (norm, jnp.ones(())),
             "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), jnp.ones(())),
             "packing_efficiency": total(packing_efficiency(batch)),
         }
         params = optax.apply_updates(state.params, updates)
+        if skip_nonfinite:
+            finite = jnp.isfinite(jnp.stack([x.astype(jnp.float32) for x in jax.tree.leaves(metrics)])).all()
+            before = (state.params, old_opt_state, jax.tree.map(jnp.zeros_like, metrics))
+            params, opt_state, metrics = _either(finite, (params, opt_state, metrics), before)
+            metrics[SKIPPED] = (1.0 - finite, jnp.ones(()))
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
@@ -133,6 +142,11 @@ def packing_efficiency(batch: Batch) -> tuple[Array, Array]:
     segments = [batch[name] for name in batch if name.endswith("segments")]
     tokens = sum(jnp.sum(part > 0, dtype=jnp.float32) for part in segments)
     return tokens, jnp.float32(sum(part.size for part in segments))
+
+
+def _either(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+    """Every leaf from one tree or from the other."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def _only(mask: PyTree | None, tree: PyTree) -> PyTree:

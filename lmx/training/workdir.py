@@ -1,15 +1,19 @@
 """The working directory: its fixed names, and the promise that it holds one experiment."""
 
+import contextlib
+import errno
 import importlib.metadata
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 
 from lmx.config import Config, from_dict, to_dict
-from lmx.errors import CheckpointError
+from lmx.errors import CheckpointError, DataError, LmxError
 from lmx.schema import differences
+from lmx.text.fingerprints import Fingerprint, changes, fingerprints
 
 # What may change when the same command goes on with a run: how long and how often, and on which devices.
 CHANGEABLE = (
@@ -22,9 +26,13 @@ CHANGEABLE = (
     "train.early_stop_delta",
     "train.samples",
     "train.sample_prompt",
+    "train.on_nan",
+    "train.max_skipped",
+    "train.stalled_after",
     "train.strategy",
     "train.max_rows_per_device",
     "data.num_workers",
+    "data.on_change",
     "model.remat",
     "optimizer.offload",
     "mesh.",
@@ -32,12 +40,19 @@ CHANGEABLE = (
     "expect.",
 )
 
+# What the system says where no more can be written: ENOSPC, EDQUOT, EFBIG.
+FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes beside, then renames: the file is never there in part."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read_config(workdir: str | os.PathLike) -> Config:
@@ -49,8 +64,15 @@ def read_config(workdir: str | os.PathLike) -> Config:
     return from_dict(_read(workdir)["config"])
 
 
-def write_config(workdir: str | os.PathLike, config: Config, asked: Config, num_parameters: int) -> None:
-    """Writes ``config.json``: the config with all sizes resolved, as it was asked for, versions and the device."""
+def write_config(
+    workdir: str | os.PathLike,
+    config: Config,
+    asked: Config,
+    num_parameters: int,
+    data_files: Mapping[str, Fingerprint] | None = None,
+) -> None:
+    """Writes ``config.json``: the config with all sizes resolved, as it was asked for, versions, the device, and the
+    fingerprints of the data files."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     contents = {
         "config": to_dict(config),
@@ -60,8 +82,57 @@ def write_config(workdir: str | os.PathLike, config: Config, asked: Config, num_
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
     }
+    if data_files is not None:
+        contents["data_files"] = data_files
     Path(workdir).mkdir(parents=True, exist_ok=True)
     write_text(Path(workdir) / "config.json", json.dumps(contents, indent=2) + "\n")
+
+
+def checked_data_files(
+    workdir: str | os.PathLike, files: Iterable[Path], on_change: str, tell: Callable[[str], None]
+) -> dict[str, Fingerprint] | None:
+    """The fingerprints of the data files, for ``config.json``; compared with those there, if the run has begun.
+
+    Args:
+      files: all that the run reads.
+      on_change: ``data.on_change`` of the config.
+      tell: gets a sentence about a change that is let pass.
+
+    Raises:
+      DataError: files have changed, and ``on_change`` is "stop"; or one cannot be read.
+    """
+    before = _read(workdir)["data_files"] if (Path(workdir) / "config.json").is_file() else None
+    if on_change == "unchecked":
+        return before
+    now = fingerprints(files, before or {})
+    changed = changes(before, now) if before is not None else []
+    if changed:
+        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+        message = f"the data has changed since the run in {workdir} began: {'; '.join(changed[:3])}{more}."
+        if on_change == "stop":
+            raise DataError(
+                f"{message} The curve would be that of neither. Put the files back, train into another --workdir, or "
+                "go on regardless with --config.data.on_change=warn."
+            )
+        tell(message)
+    return now
+
+
+@contextlib.contextmanager
+def explains_full_disk(workdir: str | os.PathLike) -> Iterator[None]:
+    """Turns the many errors of a disk without room into one for the reader."""
+    try:
+        yield
+    except LmxError:
+        raise
+    except (OSError, ValueError) as error:  # the latter is Orbax's
+        reason = next((word for word in FULL if word.lower() in str(error).lower()), None)
+        if reason is None:
+            raise
+        raise CheckpointError(
+            f"{workdir} cannot take any more ({reason}). What was saved before is whole: make room, and run the same "
+            "command again to go on from the newest checkpoint."
+        ) from error
 
 
 def check_same_experiment(workdir: str | os.PathLike, asked: Config) -> None:
@@ -106,6 +177,6 @@ def _read(workdir: str | os.PathLike) -> dict:
             raise CheckpointError(
                 f"{workdir} is a published checkpoint and no workdir of lmx: give the --workdir of a training run."
             )
-        return {"config": contents["config"], "asked": contents["asked"]}
+        return {name: contents[name] for name in ("config", "asked")} | {"data_files": contents.get("data_files")}
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); restore it, or train into another workdir.") from error

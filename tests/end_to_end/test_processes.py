@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lmx.parallel.processes import PEER_LOST
+from lmx.training.lock import WorkdirLock
+
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
     "model.num_layers=2",
@@ -141,3 +144,39 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     ended = finish(running)
     assert [status for status, _, _ in ended] == [128 + signal.SIGTERM] * 2
     assert "SIGTERM at step" in ended[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_hangs_is_named_and_nobody_waits_for_it(victim, tmp_path):
+    overrides = ("train.steps=4000", "train.checkpoint_every=2", "train.eval_every=4000", "train.stalled_after=10")
+    running = start(tmp_path, 2, 4, *overrides, "mesh.fsdp=2")
+    wait_for(lambda: len([p for p in (tmp_path / "checkpoints").glob("*") if p.name.isdigit()]) > 1)
+    running[victim].send_signal(signal.SIGSTOP)
+    (status, _, errors) = finish([running[1 - victim]], timeout=90)[0]  # JAX's own heartbeats take 100 seconds
+    running[victim].kill()
+    finish([running[victim]])
+    assert status == PEER_LOST
+    assert f"process {1 - victim} of 2 did nothing for" in errors and f"Process {victim} does not answer" in errors
+
+
+@pytest.mark.slow
+def test_a_second_run_of_several_processes_is_refused_in_all_of_them(tmp_path):
+    with WorkdirLock(tmp_path):
+        ended = finish(start(tmp_path, 2, 4, "train.steps=4", "mesh.fsdp=2"))
+    assert [status for status, _, _ in ended] == [2, 2]
+    assert "another run is training in" in ended[0][2] and "first process" in ended[1][2]
+
+
+@pytest.mark.slow
+def test_several_processes_agree_on_the_checkpoint_before_a_damaged_one(tmp_path):
+    overrides = ("train.checkpoint_every=3", "mesh.fsdp=2", "optimizer.schedule=constant")
+    train(tmp_path, 2, 4, "train.steps=6", *overrides)
+    victim = max((tmp_path / "checkpoints" / "6" / "optimizer" / "d").iterdir())
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    ended = train(tmp_path, 2, 4, "train.steps=7", *overrides)
+    assert "6.damaged" in ended[0][1] and "resumed at step 3" in ended[0][1]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(8))

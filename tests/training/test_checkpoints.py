@@ -40,7 +40,7 @@ def test_everything_comes_back(tmp_path):
         restored, data_state, meta = checkpoints.restore(abstract(state))
     assert_equal(restored, state)
     assert data_state == position
-    assert meta == {"step": 7, "metrics": {"eval/loss": 1.5}}
+    assert meta == {"step": 7, "metrics": {"eval/loss": 1.5}, "pending": []}
 
 
 def test_newest_and_best_are_kept(tmp_path):

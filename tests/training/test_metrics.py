@@ -94,10 +94,28 @@ def test_throughput_leaves_pauses_out(monkeypatch):
     throughput.pause()  # at 2
     throughput.resume()  # at 12
     throughput.count(20)
-    assert throughput.read() == {"tokens_per_second": 10.0, "model_flops_utilization": 0.25}  # 50 in 2 + 3 seconds
+    assert throughput.read() == {  # 50 in 2 + 3 seconds
+        "tokens_per_second": 10.0,
+        "model_flops_utilization": 0.25,
+        "input_wait": 0.0,
+    }
     throughput.count(10)
     assert throughput.read()["tokens_per_second"] == 5.0  # 10 in 2 seconds
 
 
 def test_utilization_needs_a_known_device():
-    assert set(Throughput(flops_per_token=100.0, peak=None).read()) == {"tokens_per_second"}
+    assert set(Throughput(flops_per_token=100.0, peak=None).read()) == {"tokens_per_second", "input_wait"}
+
+
+def test_waiting_for_input_is_a_fraction_of_the_time_that_is_counted(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 4.0, 4.0, 14.0, 14.0, 15.0, 16.0, 16.0, 16.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    throughput = Throughput()  # at 0
+    with throughput.waiting():  # 1 to 3
+        pass
+    assert throughput.read()["input_wait"] == 0.5  # 2 of 4 seconds; read at 4
+    throughput.pause()  # at 14
+    throughput.resume()  # at 14
+    with throughput.waiting():  # 15 to 16
+        pass
+    assert throughput.read()["input_wait"] == 1 / 12  # of 10 + 2; read at 16

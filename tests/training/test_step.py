@@ -10,10 +10,11 @@ from lmx.config import Experts, Lora, Mesh
 from lmx.models.transformer import Transformer
 from lmx.parallel.sharding import Layout, put_batch, use_layout
 from lmx.training.initial import initial_state, state_layout
+from lmx.training.loop import compiled_train_step
 from lmx.training.optimizers import make_schedule, trainable
 from lmx.training.step import loss_terms, make_train_step
 
-from .runs import STEPS, make_batch, make_config, make_experiment, run
+from .runs import ROWS, STEPS, make_batch, make_config, make_experiment, run
 
 
 def assert_same(found, expected):
@@ -90,6 +91,32 @@ def test_what_is_frozen_costs_no_gradient_and_the_rest_moves_as_before():
     gradients = jax.grad(lambda p: loss_of(experiment, p, batch))(state.params)
     squares = jax.tree.map(lambda kept, g: kept * jnp.square(g).sum(), mask, gradients)
     np.testing.assert_allclose(metrics["grad_norm"][0], np.sqrt(sum(jax.tree.leaves(squares))), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("strategy", "mesh", "devices"), [("pjit", Mesh(), 1), ("pjit", Mesh(2, 2, 2), 8)])
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_step(strategy, mesh, devices):
+    config = ARCHITECTURES["switch"].replace(train={"on_nan": "skip", "strategy": strategy})
+    layout = Layout.of(mesh, jax.devices()[:devices])
+    experiment = make_experiment(config, layout)
+    state, _ = initial_state(experiment, experiment.optimizer(), None, Console(quiet=True))
+    train_step = compiled_train_step(experiment, experiment.optimizer(), state)
+    good = make_batch(config)
+    bad = good | {"weights": np.where(np.arange(ROWS)[:, None] == 1, np.float32("nan"), good["weights"])}
+    state, metrics = train_step(state, put_batch(good, layout.mesh))
+    assert metrics["skipped"] == (0, 1) and metrics["loss"][1] > 0
+    before = jax.device_get(state)  # the step reuses its memory
+    state, metrics = train_step(state, put_batch(bad, layout.mesh))
+    after = jax.device_get(state)
+    assert (after.step, before.step) == (2, 1)
+    for a, b in zip(
+        *map(jax.tree.leaves, ((after.params, after.opt_state), (before.params, before.opt_state))), strict=True
+    ):
+        assert a.tobytes() == b.tobytes()
+    assert metrics.pop("skipped") == (1, 1)
+    assert all(value == 0 for value in jax.tree.leaves(jax.device_get(metrics)))
+    state, metrics = train_step(state, put_batch(good, layout.mesh))
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), jax.device_get(state.params), before.params)
+    assert metrics["skipped"] == (0, 1) and all(jax.tree.leaves(moved))
 
 
 def loss_of(experiment, params, batch):
