@@ -10,7 +10,8 @@ from rich.console import Console
 
 from lmx.config import Config, Mesh
 from lmx.errors import ConfigError
-from lmx.text.pipeline import PREFIXES, Batch
+from lmx.text.best_fit import PREFIXES
+from lmx.text.pipeline import Batch
 from lmx.text.tokenizers import Tokenizer
 from lmx.training.experiment import Experiment, build
 
