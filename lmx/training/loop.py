@@ -79,20 +79,19 @@ def train(config: Config, workdir: str | Path, *, console: Console | None = None
     if not (workdir / "config.json").is_file():  # a run that has begun does not need what it began from
         check_init_from(experiment)
     barrier("built")  # nobody reads the workdir while it is being written
-    with (
-        explains_full_disk(workdir),
-        WorkdirLock(workdir),
-        Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
-        Interrupt() as interrupt,
-        Watchdog(config.train.stalled_after, workdir) as watchdog,
-    ):
+    with explains_full_disk(workdir), WorkdirLock(workdir):
         first_alone(lambda: _write_beginning(experiment, workdir, console))
         _print_header(experiment, workdir, console)
-        run = _Run(experiment, workdir, batches, checkpoints, console, watchdog)
-        try:
-            return run.finish(run.loop(interrupt))
-        finally:
-            run.writer.close()
+        with (
+            Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints,
+            Interrupt() as interrupt,
+            Watchdog(config.train.stalled_after, workdir) as watchdog,
+        ):
+            run = _Run(experiment, workdir, batches, checkpoints, console, watchdog)
+            try:
+                return run.finish(run.loop(interrupt))
+            finally:
+                run.writer.close()
 
 
 def _write_beginning(experiment: Experiment, workdir: Path, console: Console) -> None:

@@ -11,16 +11,13 @@ from pathlib import Path
 from lmx.text.fingerprints import THREADS, file_digest
 
 MANIFEST = "manifest.json"
-WRITTEN_AT_COMMIT = (
-    "commit_success.txt",
-    "_CHECKPOINT_METADATA",
-)  # by Orbax, later; nothing is read there
+WRITTEN_AT_COMMIT = ("commit_success.txt", "_CHECKPOINT_METADATA")  # by Orbax, later; nothing is read there
 
 
 def write_manifest(folder: Path) -> None:
     """Writes the manifest of all that ``folder`` holds."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [str(path.relative_to(folder)) for path in paths if path.relative_to(folder).parts not in _NOT_LISTED]
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = [name for name in found if name not in (MANIFEST, *WRITTEN_AT_COMMIT)]
     with ThreadPoolExecutor(THREADS) as pool:
         digests = list(pool.map(lambda name: file_digest(folder / name), names))
     contents = {"blake2b": dict(zip(names, digests, strict=True))}
@@ -48,9 +45,6 @@ def damaged_files(folder: Path, items: Collection[str] = (), part: int = 0, part
     with ThreadPoolExecutor(THREADS) as pool:
         whole = list(pool.map(lambda name: _is_whole(folder / name, digests[name]), names))
     return [name for name, fine in zip(names, whole, strict=True) if not fine]
-
-
-_NOT_LISTED = {(name,) for name in (MANIFEST, *WRITTEN_AT_COMMIT)}
 
 
 def _is_whole(path: Path, digest: str) -> bool:

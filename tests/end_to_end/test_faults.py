@@ -23,7 +23,7 @@ from lmx.training.checkpoints import Checkpoints
 from lmx.training.experiment import Experiment
 from lmx.training.lock import WorkdirLock
 from lmx.training.loop import train
-from lmx.training.metrics import TIMINGS, MetricsWriter, read_metrics
+from lmx.training.metrics import MetricsWriter, read_metrics
 from tests.end_to_end.conftest import QUICKSTART, ROOT
 from tests.end_to_end.test_train import SMALL, final_state, run, small
 
@@ -68,7 +68,7 @@ def with_nan(*steps):
 
 
 def lines_of(workdir):
-    return [{name: line[name] for name in line if name not in TIMINGS} for line in read_metrics(workdir)]
+    return final_state(workdir)[2]
 
 
 def assert_same_run(left, right):
@@ -216,16 +216,6 @@ def test_a_read_only_disk_is_refused_before_anything_is_computed(tmp_path):
     with small_disk(tmp_path / "disk", "1m", ",ro"):
         with pytest.raises(CheckpointError, match=r"cannot be written \(Read-only file system\)"):
             run(tmp_path / "disk" / "run")
-
-
-LIMITED = """
-import resource, sys
-from lmx.training.metrics import MetricsWriter
-with MetricsWriter(sys.argv[1]) as writer:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-    for step in range(1, 100):
-        writer.write(step, {"train/loss": 1 / step})
-"""
 
 
 def test_a_line_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch):

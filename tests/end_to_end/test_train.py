@@ -17,7 +17,7 @@ from lmx.config_files import read_config_file
 from lmx.errors import TrainingError
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.loop import train
-from lmx.training.metrics import read_metrics
+from lmx.training.metrics import TIMINGS, read_metrics
 from tests.end_to_end.conftest import QUICKSTART, ROOT, lmx
 
 SMALL = [
@@ -53,8 +53,7 @@ def final_state(workdir):
     """What a run ends with: its last step, its parameters, and every number on the way but the timings."""
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step, params = checkpoints.latest_step(), checkpoints.restore_params()
-    timings = ("tokens_per_second", "model_flops_utilization")
-    lines = [{k: v for k, v in line.items() if k not in timings} for line in read_metrics(workdir)]
+    lines = [{k: v for k, v in line.items() if k not in TIMINGS} for line in read_metrics(workdir)]
     return step, params, lines
 
 
@@ -131,7 +130,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
     assert process.returncode == 128 + signal.SIGTERM, output
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         saved = checkpoints.latest_step()
-    assert saved == read_metrics(tmp_path)[-1]["step"] >= 4
+    assert saved - 2 < read_metrics(tmp_path)[-1]["step"] <= saved  # a stop writes no line of its own
     result = run(tmp_path, f"train.steps={saved + 2}", "train.eval_every=100000", "train.checkpoint_every=100000")
     assert result.step == saved + 2
 
