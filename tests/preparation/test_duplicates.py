@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("rensa")
 
-from lmx.preparation import duplicates
+from lmx.preparation import duplicates, ngrams
 from lmx.preparation.duplicates import (
     EXACT,
     MINIMA,
@@ -43,10 +43,22 @@ def columns(tmp_path, texts: list[str], parts: int) -> tuple[Column, Column]:
 
 
 def test_runs_of_words_hash_alike_where_they_are_alike():
-    a, b = (ngram_hashes(text.encode().split(), 3) for text in ("a b c d e", "x b c d e y"))
+    a, b = (ngram_hashes(text, 3) for text in (b"a bee c d\n e", b"x bee\tc  d e y "))
     assert len(a) == 3 and len(set(a.tolist()) & set(b.tolist())) == 2
-    assert len(ngram_hashes([b"a", b"b"], 3)) == 1 and len(ngram_hashes([], 3)) == 0
-    assert ngram_hashes([b"a", b"b"], 2) != ngram_hashes([b"b", b"a"], 2)
+    assert len(ngram_hashes(b"a b", 3)) == 1 and len(ngram_hashes(b" \n", 3)) == len(ngram_hashes(b"", 3)) == 0
+    assert ngram_hashes(b"a b", 2) != ngram_hashes(b"b a", 2)
+    words = [str(i).encode() for i in range(20_000)]
+    assert len(set(ngram_hashes(b" ".join(words), 1).tolist())) == len(words)
+
+
+def test_long_texts_are_hashed_in_pieces(monkeypatch):
+    text = " ".join(f"word{i}" for i in range(2000)).encode()
+    whole = ngram_hashes(text, 5)
+    monkeypatch.setattr(ngrams, "PIECE", 1600)
+    ngrams._powers.cache_clear()
+    assert np.array_equal(ngram_hashes(text, 5), whole)
+    assert len(ngram_hashes(b"x" * 5000, 5)) == 1
+    ngrams._powers.cache_clear()
 
 
 def test_minima_estimate_the_jaccard_similarity():
