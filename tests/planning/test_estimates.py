@@ -42,7 +42,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in ("fsdp", "data") else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_estimates_are_near_what_a_compiler_says(case):
     name, overrides, kind = CASES[case]
     compiled, estimated = both(name, *overrides)
@@ -53,6 +55,7 @@ def test_estimates_are_near_what_a_compiler_says(case):
     assert estimated.times.matmul == compiled.times.matmul
 
 
+@pytest.mark.slow
 def test_experts_and_stages_send_what_their_axes_need():
     compiled, experts = both("switch.py:tiny", "mesh.data=1", "mesh.expert=4", "mesh.fsdp=2")
     _, stages = both("gpt2.py:tiny", "mesh.data=1", "mesh.fsdp=2", "mesh.stage=4")
