@@ -44,23 +44,28 @@ PRODUCTS = [
     {"data": 2, "expert": 2, "sequence": 2},
     {"stage": 2, "sequence": 2, "fsdp": 2},
 ]
+UNEVEN_SIZES = [{"tensor": 8}, {"fsdp": 2, "tensor": 4}, {"stage": 2, "tensor": 4}, {"expert": 2, "sequence": 4}]
 EVERYDAY = {
-    "decoder": [{"sequence": 8}, {"stage": 4, "tensor": 2}],
+    "decoder": [{"stage": 4, "tensor": 2}],
     "encoder": [{"fsdp": 2, "sequence": 2, "tensor": 2}],
-    "encoder_decoder": [{"stage": 2, "sequence": 2, "fsdp": 2}],
-    "switch": [{"expert": 8}, {"stage": 2, "expert": 2, "tensor": 2}],
-    "uneven": [{"tensor": 4, "fsdp": 2}],
+    "switch": [{"expert": 8}],
+    "uneven": [{"fsdp": 2, "tensor": 4}],
+}
+SLOW = {
+    "decoder": ALONE,
+    "encoder": [{"sequence": 8}, {"stage": 8}],
+    "encoder_decoder": [{"stage": 8}, {"stage": 2, "sequence": 2, "fsdp": 2}],
+    "switch": [{"stage": 2, "expert": 2, "tensor": 2}, {"fsdp": 2, "expert": 4}],
+    "uneven": UNEVEN_SIZES,
 }
 
 
 def cases():
-    for name in ("decoder", "encoder", "encoder_decoder", "switch"):
-        for sizes in ALONE + PRODUCTS:
-            marks = [] if sizes in EVERYDAY.get(name, ()) else [pytest.mark.slow]
-            yield pytest.param(name, sizes, id=f"{name}-{label(sizes)}", marks=marks)
-    for name in ("uneven", "uneven_encoder"):
-        for sizes in ({"tensor": 8}, {"fsdp": 2, "tensor": 4}, {"stage": 2, "tensor": 4}, {"expert": 2, "sequence": 4}):
-            marks = [] if sizes in EVERYDAY.get(name, ()) else [pytest.mark.slow]
+    """Every model on every mesh: a few each day, more where CI has time, all of them when asked for."""
+    for name in MODELS:
+        for sizes in UNEVEN_SIZES if name.startswith("uneven") else ALONE + PRODUCTS:
+            marks = [pytest.mark.slow if sizes in SLOW.get(name, ()) else pytest.mark.exhaustive]
+            marks = [] if sizes in EVERYDAY.get(name, ()) else marks
             yield pytest.param(name, sizes, id=f"{name}-{label(sizes)}", marks=marks)
 
 
