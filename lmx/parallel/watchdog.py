@@ -59,7 +59,7 @@ class Watchdog:
         while not self._done.wait(tick):
             now = time.monotonic()
             if now - last > 10 * tick + 1:  # this process itself was stopped: what it missed says nothing
-                self._since = self._since and now
+                self._since = None if self._since is None else now
             last = now
             if self._since is not None and now - self._since > self._seconds:
                 return self._give_up()

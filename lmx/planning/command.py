@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 from rich.console import Console
 
 from lmx.config import Config
-from lmx.errors import TrainingError
+from lmx.errors import ConfigError, TrainingError
 from lmx.planning.plan import make_plan
 from lmx.planning.program import OUT_OF_MEMORY
 from lmx.planning.search import describe, first_that_fits, remedies, search
@@ -35,6 +36,9 @@ def plan(
     Raises:
       LmxError: the config does not fit the devices, or the compiler for them fails.
     """
+    for path in filter(None, (json, html)):
+        if not Path(path).resolve().parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it first.")
     target = open_target(devices)
     if ranked:
         with console.status("compiling mesh shapes …") as status:

@@ -204,7 +204,8 @@ def _memory(program: Program, target: Target, kept: float, parts: dict[str, int]
     state, experiment = program.state, program.experiment
     mask = trainable(experiment.config.optimizer, state.params)
     trained = [leaf for leaf, on in zip(*map(jax.tree.leaves, (state.params, mask)), strict=True) if on]
-    parameters, optimizer = num_bytes(state.params), num_bytes(state.opt_state)
+    parameters = num_bytes(state.params)
+    optimizer = 0 if experiment.config.optimizer.offload else num_bytes(state.opt_state)
     batch, gradients = num_bytes(program.batch), num_bytes(trained)
     activations, total, temporaries = kept / experiment.mesh.size, None, 0.0
     if program.compiled is not None:

@@ -96,9 +96,11 @@ def compile_program(config: Config, target: Target) -> Program:
       LmxError: the compiler fails, for another reason than memory.
     """
     experiment = abstract_experiment(config, target)
-    state, batch = state_layout(experiment), abstract_batch(experiment)
-    if target.lacks:
-        return Program(experiment, state, batch, None, 0.0)
+    batch = abstract_batch(experiment)
+    if target.lacks:  # such devices have no memory to name: what is offloaded is laid out as if it were not
+        here = experiment.config.replace(optimizer={"offload": False})
+        return Program(experiment, state_layout(dataclasses.replace(experiment, config=here)), batch, None, 0.0)
+    state = state_layout(experiment)
     step = compiled_train_step(experiment, experiment.optimizer(), state)
     start, compiled, failed = time.perf_counter(), None, ""
     try:

@@ -87,7 +87,7 @@ def test_a_run_stopped_between_two_lines_writes_the_lines_of_one_that_was_not(tm
     assert_same_run(tmp_path / "unbroken", tmp_path / "stopped")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_other_machines_see_the_same_batches_and_the_same_losses(tmp_path, before_step):
     def recording(seen, *stops):
         def record(step, batch):
@@ -197,7 +197,7 @@ def test_a_full_disk_is_said_to_be_one_and_room_is_all_that_is_needed(tmp_path):
     with small_disk(tmp_path / "disk", "2m"):
         workdir, ballast = tmp_path / "disk" / "run", tmp_path / "disk" / "ballast"
         run(workdir, "train.steps=4")
-        with open(ballast, "wb") as file, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
             while True:
                 file.write(bytes(1000))
         os.truncate(ballast, ballast.stat().st_size - 30_000)
@@ -274,7 +274,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.exhaustive)])
 def test_metrics_killed_while_lines_are_written_are_whole_and_each_there_once(kills, tmp_path):
     draw, done = np.random.default_rng(0), 0
     for _ in range(kills):
@@ -292,7 +292,7 @@ def test_metrics_killed_while_lines_are_written_are_whole_and_each_there_once(ki
         done = max(1, len(steps) - 5)  # as if the checkpoint were a little older than the lines
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_killed_at_random_moments_is_to_the_bit_the_unbroken_one(tmp_path):
     report = tmp_path / "kills.json"
     command = [sys.executable, "-m", "benchmarks.kills", "--kills", "4", "--steps", "16", "--json", str(report)]
@@ -304,7 +304,7 @@ def test_a_run_killed_at_random_moments_is_to_the_bit_the_unbroken_one(tmp_path)
     assert rows["1, 4, 2 devices and 0, 2, 0 workers: largest difference of a loss"] < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path):
     """Kills itself when the second checkpoint is written in full and not yet committed."""
     script = (

@@ -94,11 +94,11 @@ def alone(tmp_path_factory):
     ("processes", "mesh"),
     [
         (2, ("mesh.fsdp=2",)),
-        pytest.param(2, ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2"), marks=pytest.mark.slow),
-        pytest.param(2, ("mesh.data=1", "mesh.stage=2", "mesh.tensor=2"), marks=pytest.mark.slow),
-        pytest.param(2, ("mesh.data=1", "mesh.tensor=4"), marks=pytest.mark.slow),
-        pytest.param(4, ("mesh.fsdp=2",), marks=pytest.mark.slow),
-        pytest.param(4, ("mesh.data=2", "mesh.sequence=2"), marks=pytest.mark.slow),
+        pytest.param(2, ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2"), marks=pytest.mark.exhaustive),
+        pytest.param(2, ("mesh.data=1", "mesh.stage=2", "mesh.tensor=2"), marks=pytest.mark.exhaustive),
+        pytest.param(2, ("mesh.data=1", "mesh.tensor=4"), marks=pytest.mark.exhaustive),
+        pytest.param(4, ("mesh.fsdp=2",), marks=pytest.mark.exhaustive),
+        pytest.param(4, ("mesh.data=2", "mesh.sequence=2"), marks=pytest.mark.exhaustive),
     ],
 )
 def test_several_processes_give_the_curve_of_one(processes, mesh, alone, tmp_path):
@@ -116,7 +116,7 @@ def wait_for(condition, seconds=120):
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_others_end_when_one_is_killed_and_the_same_command_resumes(victim, tmp_path):
     overrides = ("train.steps=4000", "train.checkpoint_every=2", "train.eval_every=4000", "mesh.fsdp=2")
@@ -135,7 +135,7 @@ def test_the_others_end_when_one_is_killed_and_the_same_command_resumes(victim, 
     assert sorted(set(steps)) == sorted(range(0, saved + 41))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     overrides = ("train.steps=4000", "train.checkpoint_every=4000", "train.eval_every=4000", "mesh.fsdp=2")
     running = start(tmp_path, 2, 4, *overrides)
@@ -146,7 +146,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     assert "SIGTERM at step" in ended[0][1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_hangs_is_named_and_nobody_waits_for_it(victim, tmp_path):
     overrides = ("train.steps=4000", "train.checkpoint_every=2", "train.eval_every=4000", "train.stalled_after=10")
@@ -160,7 +160,7 @@ def test_a_process_that_hangs_is_named_and_nobody_waits_for_it(victim, tmp_path)
     assert f"process {1 - victim} of 2 did nothing for" in errors and f"Process {victim} does not answer" in errors
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_second_run_of_several_processes_is_refused_in_all_of_them(tmp_path):
     with WorkdirLock(tmp_path):
         ended = finish(start(tmp_path, 2, 4, "train.steps=4", "mesh.fsdp=2"))
@@ -168,7 +168,7 @@ def test_a_second_run_of_several_processes_is_refused_in_all_of_them(tmp_path):
     assert "another run is training in" in ended[0][2] and "first process" in ended[1][2]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_several_processes_agree_on_the_checkpoint_before_a_damaged_one(tmp_path):
     overrides = ("train.checkpoint_every=3", "mesh.fsdp=2", "optimizer.schedule=constant")
     train(tmp_path, 2, 4, "train.steps=6", *overrides)

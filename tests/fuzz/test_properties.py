@@ -104,7 +104,7 @@ def test_readers_answer(name, tmp_path):
     check(name, tmp_path, EVERYDAY)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TARGETS)
 def test_readers_answer_a_thousand_times(name, tmp_path):
     check(name, tmp_path, HEAVY)

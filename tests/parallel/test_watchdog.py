@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -76,8 +77,11 @@ def test_steps_keep_a_run_alive_and_the_first_one_may_take_its_time():
 def test_a_process_that_was_stopped_itself_does_not_blame_others(monkeypatch):
     ended = []
     watchdog = Watchdog(100.0, "runs/x", Service({}), ended.append)
+    # A clock of the module alone: other threads of the tests look at the real one.
     clock = iter([0.0, 0.5, 1000.0, 1001.0, 1002.0])  # stopped for a quarter of an hour after the first look
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(
+        module, "time", SimpleNamespace(monotonic=lambda: next(clock))
+    )  # other threads have the real one
     looks = iter([False, False, False, True])
     monkeypatch.setattr(watchdog, "_done", type("Looks", (), {"wait": lambda self, tick: next(looks)})())
     watchdog.beat(1)  # at 0

@@ -20,13 +20,20 @@ SETTINGS = [f"--config.model.{size}" for size in SIZES]
 SETTINGS += ["--config.data.length=256", "--config.train.global_batch_size=16"]
 
 
-def both(name, *overrides):
-    """The plan as compiled for eight devices, and as estimated for eight that are not there."""
-    config = read_config_file(str(ROOT / "experiments" / name), [*SETTINGS, *(f"--config.{one}" for one in overrides)])
+def config_of(name, *overrides):
+    return read_config_file(str(ROOT / "experiments" / name), [*SETTINGS, *(f"--config.{one}" for one in overrides)])
+
+
+def estimate(name, *overrides):
+    """The plan for eight devices that are not there."""
     absent = tuple(AbsentDevice(i, H100.kinds[0]) for i in range(8))
-    return make_plan(config, Target("here", tuple(jax.devices()), H100)), make_plan(
-        config, Target("absent", absent, H100, lacks="gpu")
-    )
+    return make_plan(config_of(name, *overrides), Target("absent", absent, H100, lacks="gpu"))
+
+
+def both(name, *overrides):
+    """The plan as compiled for eight devices, and the estimate."""
+    compiled = make_plan(config_of(name, *overrides), Target("here", tuple(jax.devices()), H100))
+    return compiled, estimate(name, *overrides)
 
 
 def sent(plan, kind):
@@ -83,3 +90,17 @@ def test_an_estimate_says_that_it_is_one(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "pip install 'lmx[gpu]'" in printed and "estimated" in printed and "as compiled" not in printed
     assert json.loads(path.read_text())["compiled"] is False
+
+
+def test_a_folder_that_is_not_there_is_told_of_before_the_work(capsys):
+    command = ["plan", "--config", str(ROOT / "experiments/gpt2.py:tiny"), "--json", "no/such/folder/plan.json"]
+    assert main(command) == 2
+    assert "there is no folder no/such/folder" in capsys.readouterr().err
+
+
+def test_what_is_offloaded_takes_none_of_the_devices_memory():
+    estimated, offloaded = (
+        estimate("gpt2.py:tiny", "mesh.data=8", f"optimizer.offload={on}") for on in ("false", "true")
+    )
+    assert offloaded.memory.optimizer == 0
+    assert offloaded.memory.total == estimated.memory.total - estimated.memory.optimizer

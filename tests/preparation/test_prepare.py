@@ -235,7 +235,7 @@ def test_a_tokenizer_to_be_trained_does_not_go_with_a_runner(sources, tmp_path):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_twenty_kills_at_random_moments(sources, whole, tmp_path):
     command = [sys.executable, "-m", "lmx", "data", "prepare", "--output", str(tmp_path / "out"), "--processes", "2"]
     command += ["--validation", "0.2", "--part-megabytes", "0.006", "--source", sources[0], "--source", sources[1]]

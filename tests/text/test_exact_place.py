@@ -24,9 +24,9 @@ CHANGES = [
     ((1, 0), (2, 0)),
     ((2, 0), (1, 0)),
     ((2, 0), (4, 0)),
-    pytest.param((1, 0), (1, 2), marks=pytest.mark.slow),
-    pytest.param((2, 2), (1, 0), marks=pytest.mark.slow),
-    pytest.param((1, 2), (4, 1), marks=pytest.mark.slow),
+    pytest.param((1, 0), (1, 2), marks=pytest.mark.exhaustive),
+    pytest.param((2, 2), (1, 0), marks=pytest.mark.exhaustive),
+    pytest.param((1, 2), (4, 1), marks=pytest.mark.exhaustive),
 ]
 
 
@@ -92,14 +92,14 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="fi
 
 
 @needs_proc
-@pytest.mark.parametrize("name", [pytest.param("rows", marks=pytest.mark.slow), "packed"])
+@pytest.mark.parametrize("name", [pytest.param("rows", marks=pytest.mark.exhaustive), "packed"])
 def test_a_loader_worker_that_is_killed_costs_no_batch(name, capfd):
-    expected = take(STREAMS[name](), 40)
+    expected = take(STREAMS[name](), 400)  # far more than is packed ahead
     helped = STREAMS[name](num_workers=1)
     found = take(helped, 3)
     (worker,) = workers_of(os.getpid())
     os.kill(worker, signal.SIGKILL)
-    found += take(helped, 37)
+    found += take(helped, 397)
     helped.close()
     assert_same(found, expected)
     assert "a loader worker died; starting again at element" in capfd.readouterr().err
@@ -137,7 +137,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @needs_proc
 def test_no_worker_outlives_a_killed_run(tmp_path):
     script = tmp_path / "orphans.py"

@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_told_of_and_the_one_before_is_tak
     assert not told
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_no_file_can_be_damaged_unseen(damage, two_checkpoints, tmp_path):
     for index, name in enumerate(files_of(two_checkpoints / "checkpoints" / "2")):
