@@ -78,6 +78,7 @@ def assert_same_run(left, right):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_between_two_lines_writes_the_lines_of_one_that_was_not(tmp_path, before_step):
     settings = ("train.log_every=5", "train.checkpoint_every=100")
     run(tmp_path / "unbroken", *settings)
@@ -116,6 +117,7 @@ def test_a_batch_that_is_not_finite_stops_the_run_by_default(tmp_path, before_st
         run(tmp_path, "data.shuffle=False")
 
 
+@pytest.mark.slow
 def test_batches_that_are_not_finite_are_skipped_and_counted(tmp_path, before_step):
     before_step(with_nan(3, 5, 6))
     settings = ("train.on_nan=skip", "train.max_skipped=3")
@@ -137,6 +139,7 @@ def test_more_than_the_most_skipped_batches_end_the_run(tmp_path, before_step):
         run(tmp_path, "train.on_nan=skip", "train.max_skipped=2")
 
 
+@pytest.mark.slow
 def test_changed_data_is_refused_by_the_files_name_and_let_pass_when_asked(tmp_path, capsys):
     book = tmp_path / "book.txt"
     book.write_text("It was a dark and stormy night. " * 200)
@@ -236,6 +239,7 @@ def test_a_line_for_which_there_is_no_room_is_not_begun(tmp_path, monkeypatch):
     assert [json.loads(line)["step"] for line in text.splitlines()] == list(range(1, len(text.splitlines()) + 1))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_for_which_there_is_no_room_leaves_the_one_before(tmp_path, monkeypatch):
     """Without a disk of its own: the system says that there is no room when the manifest is written."""
     from lmx.training import checkpoints as module

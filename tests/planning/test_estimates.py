@@ -49,9 +49,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in ("fsdp", "data") else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_estimates_are_near_what_a_compiler_says(case):
     name, overrides, kind = CASES[case]
     compiled, estimated = both(name, *overrides)

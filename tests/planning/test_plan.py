@@ -124,6 +124,7 @@ def test_a_run_that_does_not_fit_is_told_what_would():
     assert better.config == change.config and "--config." in str(change)
 
 
+@pytest.mark.slow
 def test_a_search_ranks_what_it_compiled():
     config = config_of("gpt2.py:tiny")
     target = Target("v5e", tuple(jax.devices()[:4]), next(one for one in HARDWARE if one.name == "v5e"))

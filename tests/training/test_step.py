@@ -35,7 +35,7 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("rows_at_once", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("rows_at_once", [pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)] + [4])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_any_split_into_microbatches_equals_the_whole_batch(name, rows_at_once):
     config = ARCHITECTURES[name]
