@@ -19,6 +19,7 @@ from lmx.parallel.processes import PEER_LOST
 
 FOLDER = "lmx/stalled/"
 SILENT = "does not answer"
+ANSWER_SECONDS = 30.0  # for the coordination service and what is waited for there
 
 
 class Watchdog:
@@ -66,7 +67,7 @@ class Watchdog:
 
     def _give_up(self) -> None:
         stalled = time.monotonic() - self._since
-        others = _answered(self._ask, min(30.0, self._seconds)) or {0: SILENT}
+        others = _answered(self._ask, min(ANSWER_SECONDS, self._seconds)) or {0: SILENT}
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} did nothing for {stalled:.0f} seconds, "
             f"at step {self._step}. {_blame(others)} Checkpoints are in {self._workdir}; start all processes "

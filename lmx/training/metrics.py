@@ -64,6 +64,9 @@ class MetricsWriter:
             return
         values = {name: float(value) for name, value in metrics.items()}
         self._append(_line({"step": int(step), **values}).encode())
+        if self._tensorboard is not None and not _writes(self._tensorboard):
+            print("No more TensorBoard files: they could not be written.")
+            self._tensorboard = None
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -84,8 +87,9 @@ class MetricsWriter:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._tensorboard is not None and _writes(self._tensorboard):
+            with contextlib.suppress(OSError):  # of a full disk; what went wrong in the run matters more
+                self._tensorboard.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -167,6 +171,11 @@ class Throughput:
 
 def _line(values: Mapping[str, float]) -> str:
     return json.dumps(values) + "\n"
+
+
+def _writes(tensorboard: Any) -> bool:
+    """Whether the thread that writes is there. An error ends it, and without it the next numbers wait without end."""
+    return tensorboard.file_writer.event_writer._worker.is_alive()
 
 
 def _tensorboard(folder: Path, resume_step: int) -> Any:

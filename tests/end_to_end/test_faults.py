@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -286,8 +287,10 @@ def test_metrics_killed_while_lines_are_written_are_whole_and_each_there_once(ki
             [sys.executable, "-c", WRITER, tmp_path, str(done)], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout.readline() == "open\n"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=draw.uniform(0.01, 0.2))
+        before = (tmp_path / "metrics.jsonl").stat().st_size
+        while (tmp_path / "metrics.jsonl").stat().st_size == before:  # it has begun to write
+            assert process.poll() is None
+        time.sleep(draw.uniform(0, 0.1))
         process.kill()
         process.communicate()
         text = (tmp_path / "metrics.jsonl").read_text()

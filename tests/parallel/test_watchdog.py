@@ -1,8 +1,6 @@
 """Who is waited for is named, and nobody waits for ever."""
 
 import threading
-import time
-from types import SimpleNamespace
 
 import jax
 import pytest
@@ -38,15 +36,6 @@ def three_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 0)
 
 
-def ends(service, seconds=0.2):
-    """The statuses that a run is ended with which stands still at step 12."""
-    ended, done = [], threading.Event()
-    with Watchdog(seconds, "runs/x", service, lambda status: (ended.append(status), done.set())) as watchdog:
-        watchdog.beat(12)
-        assert done.wait(30)
-    return ended
-
-
 @pytest.mark.parametrize(
     ("service", "message"),
     [
@@ -56,37 +45,64 @@ def ends(service, seconds=0.2):
         (Silent({}), "Process 0 does not answer"),
     ],
 )
-def test_who_is_waited_for_is_named(service, message, capfd):
-    assert ends(service) == [PEER_LOST]
+def test_who_is_waited_for_is_named(service, message, monkeypatch, capfd):
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    if isinstance(service, Silent):
+        monkeypatch.setattr(module, "ANSWER_SECONDS", 0.1)
+    ended = []
+    watchdog = Watchdog(1000.0, "runs/x", service, ended.append)
+    watchdog.beat(12)
+    watchdog._give_up()
+    assert ended == [PEER_LOST]
     said = capfd.readouterr().err
     assert "process 0 of 3 did nothing for" in said and "at step 12" in said and "runs/x" in said
     assert message in said
 
 
-def test_steps_keep_a_run_alive_and_the_first_one_may_take_its_time():
-    ended = []
-    with Watchdog(0.3, "runs/x", Service({}), ended.append) as watchdog:
-        time.sleep(0.6)  # compiling
-        for step in range(10):
-            watchdog.beat(step)
-            time.sleep(0.06)
-    time.sleep(0.5)  # and when it is over nobody watches
-    assert ended == []
+def test_a_run_that_stands_still_is_ended_by_a_thread_of_its_own():
+    ended, done = [], threading.Event()
+    with Watchdog(0.2, "runs/x", Service({}), lambda status: (ended.append(status), done.set())) as watchdog:
+        watchdog.beat(12)
+        assert done.wait(60)
+    assert ended == [PEER_LOST]
+
+
+def given_up(monkeypatch, looks):
+    """Whether a run with a limit of 100 seconds is given up, whose watchdog looks so many seconds apart.
+
+    Args:
+      looks: pairs of the seconds that have passed, and whether a step was begun meanwhile.
+    """
+    clock, ended = [0.0], []
+    watchdog = Watchdog(100.0, "runs/x", Service({}))
+    left = iter(looks)
+
+    def wait(tick):
+        seconds, stepped = next(left, (None, False))
+        clock[0] += seconds or 0.0
+        if stepped:
+            watchdog.beat(1)
+        return seconds is None
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(watchdog._done, "wait", wait)
+    monkeypatch.setattr(watchdog, "_give_up", lambda: ended.append(True))
+    watchdog._watch()
+    return bool(ended)
+
+
+def test_steps_keep_a_run_alive_and_the_first_one_may_take_its_time(monkeypatch):
+    compiling = [(1.0, False)] * 300
+    assert not given_up(monkeypatch, compiling)
+    steps = [(1.0, index % 50 == 0) for index in range(300)]
+    assert not given_up(monkeypatch, [*compiling, *steps])
+    assert given_up(monkeypatch, [*compiling, *steps, *[(1.0, False)] * 101])
 
 
 def test_a_process_that_was_stopped_itself_does_not_blame_others(monkeypatch):
-    ended = []
-    watchdog = Watchdog(100.0, "runs/x", Service({}), ended.append)
-    # A clock of the module alone: other threads of the tests look at the real one.
-    clock = iter([0.0, 0.5, 1000.0, 1001.0, 1002.0])  # stopped for a quarter of an hour after the first look
-    monkeypatch.setattr(
-        module, "time", SimpleNamespace(monotonic=lambda: next(clock))
-    )  # other threads have the real one
-    looks = iter([False, False, False, True])
-    monkeypatch.setattr(watchdog, "_done", type("Looks", (), {"wait": lambda self, tick: next(looks)})())
-    watchdog.beat(1)  # at 0
-    watchdog._watch()
-    assert ended == [] and watchdog._since == 1000.0
+    stopped = [(1.0, True), (1000.0, False), (1.0, False)]
+    assert not given_up(monkeypatch, [*stopped, *[(1.0, False)] * 90])
+    assert given_up(monkeypatch, [*stopped, *[(1.0, False)] * 110])  # counted anew from then on
 
 
 def test_a_run_of_one_process_is_not_watched():

@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 import json
 
@@ -119,3 +120,21 @@ def test_waiting_for_input_is_a_fraction_of_the_time_that_is_counted(monkeypatch
     with throughput.waiting():  # 15 to 16
         pass
     assert throughput.read()["input_wait"] == 1 / 12  # of 10 + 2; read at 16
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_without_room_does_not_stop_a_run(tmp_path, capsys):
+    pytest.importorskip("tensorboardX")
+
+    def full(event):
+        raise OSError(errno.ENOSPC, "no room")
+
+    with MetricsWriter(tmp_path) as writer:
+        events = writer._tensorboard.file_writer.event_writer
+        events._ev_writer.write_event = full
+        writer.write(1, {"train/loss": 1.0})
+        events._worker.join(30)
+        for step in range(2, 30):  # more than its queue takes
+            writer.write(step, {"train/loss": 1.0})
+    assert capsys.readouterr().out.count("No more TensorBoard files") == 1
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 30))

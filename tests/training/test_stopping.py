@@ -1,5 +1,6 @@
 """Signals: the first asks, the second ends at once, even where Python runs no handler."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -48,7 +49,11 @@ def test_a_second_signal_ends_a_process_that_hangs_outside_python(number):
     process.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.5)
-    process.send_signal(number)
+    for _ in range(300):  # one that comes before the first was taken in is no second one
+        process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.2)
+            break
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "a second signal; ended at once" in errors
