@@ -198,7 +198,7 @@ def test_a_full_disk_is_said_to_be_one_and_room_is_all_that_is_needed(tmp_path):
     with small_disk(tmp_path / "disk", "2m"):
         workdir, ballast = tmp_path / "disk" / "run", tmp_path / "disk" / "ballast"
         run(workdir, "train.steps=4")
-        with open(ballast, "wb") as file, contextlib.suppress(OSError):
+        with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(1000))
         os.truncate(ballast, ballast.stat().st_size - 30_000)
