@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,10 +60,13 @@ def start(workdir, processes, devices, *overrides):
     ]
 
 
+GLOO = re.compile(r"\[Gloo\]|connected peer ranks")  # its lines may be cut in two
+
+
 def finish(running, timeout=300):
     """Exit status, output (without what the collectives' library has to say) and errors of each."""
     ended = [process.communicate(timeout=timeout) for process in running]
-    said = ["\n".join(line for line in out.splitlines() if not line.startswith("[Gloo]")) for out, _ in ended]
+    said = ["\n".join(line for line in out.splitlines() if line and not GLOO.search(line)) for out, _ in ended]
     return [(process.returncode, out, errors) for process, out, (_, errors) in zip(running, said, ended, strict=True)]
 
 
