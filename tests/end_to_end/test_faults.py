@@ -195,6 +195,7 @@ def small_disk(folder, size, options=""):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_to_be_one_and_room_is_all_that_is_needed(tmp_path):
     """With a disk of its own: full in the middle of a checkpoint, then in the middle of a line."""
     run(tmp_path / "unbroken")

@@ -33,6 +33,17 @@ SETTINGS = (
 )
 
 
+_started = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left():
+    """Processes that a failing test leaves behind, stopped ones too, are ended."""
+    yield
+    while _started:
+        _started.pop().kill()
+
+
 def start(workdir, processes, devices, *overrides):
     """Starts ``lmx train`` as so many processes, with so many devices in all."""
     with socket.socket() as listener:
@@ -47,7 +58,7 @@ def start(workdir, processes, devices, *overrides):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     told = lambda i: ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes), "--process-id", str(i)]  # noqa: E731
-    return [
+    running = [
         subprocess.Popen(
             command + (told(i) if processes > 1 else []),
             cwd=ROOT,
@@ -58,6 +69,8 @@ def start(workdir, processes, devices, *overrides):
         )
         for i in range(processes)
     ]
+    _started.extend(running)
+    return running
 
 
 GLOO = re.compile(r"\[Gloo\]|connected peer ranks")  # its lines may be cut in two

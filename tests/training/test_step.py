@@ -93,9 +93,16 @@ def test_what_is_frozen_costs_no_gradient_and_the_rest_moves_as_before():
     np.testing.assert_allclose(metrics["grad_norm"][0], np.sqrt(sum(jax.tree.leaves(squares))), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("strategy", "mesh", "devices"), [("pjit", Mesh(), 1), ("pjit", Mesh(2, 2, 2), 8)])
-def test_a_batch_that_is_not_finite_changes_nothing_but_the_step(strategy, mesh, devices):
-    config = ARCHITECTURES["switch"].replace(train={"on_nan": "skip", "strategy": strategy})
+@pytest.mark.parametrize(
+    ("name", "strategy", "mesh", "devices"),
+    [
+        ("decoder", "pjit", Mesh(), 1),
+        pytest.param("switch", "pjit", Mesh(2, 2, 2), 8, marks=pytest.mark.slow),
+        pytest.param("decoder", "pmap", Mesh(), 8, marks=pytest.mark.slow),
+    ],
+)
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_step(name, strategy, mesh, devices):
+    config = ARCHITECTURES[name].replace(train={"on_nan": "skip", "strategy": strategy})
     layout = Layout.of(mesh, jax.devices()[:devices])
     experiment = make_experiment(config, layout)
     state, _ = initial_state(experiment, experiment.optimizer(), None, Console(quiet=True))
