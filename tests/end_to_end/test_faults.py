@@ -324,7 +324,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", script, "train", "--config", QUICKSTART, "--workdir", str(tmp_path / "killed")]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"}
     done = subprocess.run([*command, *SMALL], cwd=ROOT, env=environment, capture_output=True)
     assert done.returncode == -signal.SIGKILL
     left = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}

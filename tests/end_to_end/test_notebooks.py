@@ -29,6 +29,7 @@ def test_first_look(tiny_run, monkeypatch):
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
+@pytest.mark.slow
 def test_bert_classifier(tmp_path, monkeypatch):
     monkeypatch.setenv("LMX_BERT", str(published(tmp_path / "bert")))
     text = "".join(output.get("text", "") for output in executed("bert_classifier.ipynb"))

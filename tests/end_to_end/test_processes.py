@@ -53,7 +53,7 @@ def start(workdir, processes, devices, *overrides):
     command += [f"--config.{setting}" for setting in (*SETTINGS, *overrides)]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices // processes}",
         "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "lmx-jax-cache-processes"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -87,7 +87,7 @@ def test_generate_and_eval_from_the_command_line(tiny_run):
     assert loss == pytest.approx(read_metrics(tiny_run)[-1]["eval/loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_adamw"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("schedule_free_adamw", marks=pytest.mark.slow)])
 def test_resumed_equals_unbroken_to_the_bit(tmp_path, optimizer):
     settings = [f"optimizer.name={optimizer}", "optimizer.schedule=constant"]
     run(tmp_path / "unbroken", *settings)

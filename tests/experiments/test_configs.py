@@ -245,7 +245,14 @@ def write_corpus(config: Config, folder: Path) -> str:
     return f"jsonl:{folder / 'a.jsonl'}"
 
 
-@pytest.mark.parametrize("name, variant", SHRUNK.values())
+def shrunk():
+    """One config of each file; the others in the slow suite."""
+    first = dict(SHRUNK.values())
+    for name, variant in SHRUNK.values():
+        yield pytest.param(name, variant, marks=[] if first[name] == variant else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name, variant", shrunk())
 def test_shrunk_config_takes_a_step(name, variant, tmp_path):
     config = shrink(get(name, variant))
     tokenizer = ByteTokenizer(config.tokenizer.num_sentinels)

@@ -220,7 +220,7 @@ def _gguf_seed() -> bytes:
 def _sentencepiece_seed() -> bytes:
     from lmx.text.tokenizers import make_tokenizer
 
-    section = schema.Tokenizer(kind="sentencepiece", vocab_size=278)
+    section = schema.Tokenizer(kind="sentencepiece", vocab_size=270)
     return make_tokenizer(section, lambda: ["some text to be trained on"] * 3)._saved()["spiece.model"]
 
 

@@ -150,6 +150,7 @@ def test_some_layers_alone_may_have_adapters(tmp_path):
     np.testing.assert_allclose(found * used, expected * used, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_exported_as_adapters_predicts_alike(tmp_path, capsys):
     folder, run = published(tmp_path / "bert"), tmp_path / "run"
     texts = [("a good film .", "good"), ("fine films", "good"), ("a dull film", "bad"), ("bad films .", "bad")] * 8

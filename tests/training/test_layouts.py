@@ -47,13 +47,12 @@ PRODUCTS = [
 UNEVEN_SIZES = [{"tensor": 8}, {"fsdp": 2, "tensor": 4}, {"stage": 2, "tensor": 4}, {"expert": 2, "sequence": 4}]
 EVERYDAY = {
     "decoder": [{"stage": 4, "tensor": 2}],
-    "switch": [{"expert": 8}],
 }
 SLOW = {
     "decoder": ALONE,
     "encoder": [{"sequence": 8}, {"fsdp": 2, "sequence": 2, "tensor": 2}],
     "encoder_decoder": [{"stage": 8}, {"stage": 2, "sequence": 2, "fsdp": 2}],
-    "switch": [{"stage": 2, "expert": 2, "tensor": 2}, {"fsdp": 2, "expert": 4}],
+    "switch": [{"expert": 8}, {"stage": 2, "expert": 2, "tensor": 2}, {"fsdp": 2, "expert": 4}],
     "uneven": UNEVEN_SIZES,
 }
 
@@ -123,8 +122,7 @@ def test_any_mesh_gives_the_numbers_of_one_device(name, sizes):
 def strategies():
     for name in ("decoder", "encoder", "encoder_decoder", "switch"):
         for strategy, devices in (("jit", 1), ("pmap", 8), ("pjit", 1)):
-            everyday = (name, strategy) == ("decoder", "pmap")
-            yield pytest.param(name, strategy, devices, marks=[] if everyday else [pytest.mark.slow])
+            yield pytest.param(name, strategy, devices, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("name", "strategy", "devices"), list(strategies()))

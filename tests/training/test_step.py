@@ -35,16 +35,20 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("rows_at_once", [pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)] + [4])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+def other(*values):
+    """Of the cases of a test those that are left to the slow suite."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("rows_at_once", [*other(1, 2), 4])
+@pytest.mark.parametrize("name", ["decoder", *other("encoder", "encoder_decoder"), "switch", "adapters"])
 def test_any_split_into_microbatches_equals_the_whole_batch(name, rows_at_once):
     config = ARCHITECTURES[name]
     assert_same(run(config, max_rows_per_device=rows_at_once), run(config))
 
 
-# data, fsdp, tensor; mixed ones beyond the first few are slow tests
-SPLITS = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
-SPLITS += [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((2, 1, 4), (4, 2, 1), (1, 4, 2), (1, 1, 8))]
+# data, fsdp, tensor
+SPLITS = [(1, 8, 1), (2, 2, 2), *other((8, 1, 1), (1, 2, 4), (2, 1, 4), (4, 2, 1), (1, 4, 2), (1, 1, 8))]
 
 
 @pytest.mark.parametrize("sizes", SPLITS)
@@ -53,7 +57,7 @@ def test_eight_devices_in_any_split_equal_one(sizes):
     assert_same(run(config, Mesh(*sizes), devices=8), run(config))
 
 
-@pytest.mark.parametrize("name", ["encoder", "encoder_decoder", "switch", "adapters"])
+@pytest.mark.parametrize("name", [*other("encoder", "encoder_decoder"), "switch", "adapters"])
 def test_every_architecture_on_a_mesh_of_all_axes_equals_one_device(name):
     assert_same(run(ARCHITECTURES[name], Mesh(2, 2, 2), devices=8), run(ARCHITECTURES[name]))
 
