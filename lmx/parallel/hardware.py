@@ -142,21 +142,20 @@ def read_devices(name: str, others: Sequence[str] = ()) -> Devices:
     Raises:
       ConfigError: there is no such kind of device, or the number or shape is not one.
     """
-    kind, _, size = name.partition(":")
+    kind, _, size = name.lower().partition(":")
     hardware = next((one for one in HARDWARE if one.name == kind), None)
     if hardware is None:
         *most, last = "v5p:8x8x16", "h100:8", *others
-        raise ConfigError(
-            f"--devices {name!r} is no kind of device{nearest(kind, [*(one.name for one in HARDWARE), *others])}. "
-            f"Write {', '.join(most)} or {last}."
-        )
+        near = "" if kind in others else nearest(kind, [*(one.name for one in HARDWARE), *others])
+        raise ConfigError(f"--devices {name!r} is no kind of device{near}; write {', '.join(most)} or {last}.")
     shape = r"[1-9]\d*(x[1-9]\d*){1,2}" if hardware.is_tpu else r"[1-9]\d*"
     if not re.fullmatch(shape, size):
         example = "chips along each dimension, as in v5e:4x4 or v5p:8x8x16" if hardware.is_tpu else "as in h100:64"
-        raise ConfigError(f"--devices {name!r} lacks how many devices there are: {example}.")
+        found = f"{size!r} is not" if size else "it lacks"
+        raise ConfigError(f"--devices {name!r}: {found} how many devices there are: {example}.")
     if not hardware.is_tpu and (int(size) > hardware.node and int(size) % hardware.node):
         raise ConfigError(f"--devices {name!r}: {kind} comes in nodes of {hardware.node}; use a multiple of it.")
-    return Devices(name, hardware, tuple(map(int, size.split("x"))))
+    return Devices(f"{kind}:{size}", hardware, tuple(map(int, size.split("x"))))
 
 
 def hardware_of(device: jax.Device) -> Hardware | None:

@@ -88,7 +88,7 @@ def open_target(name: str) -> Target:
         devices = tuple(jax.devices())
         return Target(name, devices, hardware_of(devices[0]))
     asked = read_devices(name, others=(HERE,))
-    hardware = asked.hardware
+    name, hardware = asked.name, asked.hardware
     extra, package = ("plan", "libtpu") if hardware.is_tpu else ("gpu", "jax_cuda13_plugin")
     if importlib.util.find_spec(package) is None:
         absent = (AbsentDevice(i, hardware.kinds[0]) for i in range(asked.count))

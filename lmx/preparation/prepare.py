@@ -234,8 +234,16 @@ def _summarize(folder: Path, console: Console) -> None:
         f"{counts['read']['documents']:,} documents read" + (f"; dropped: {listed}" if listed else ""), highlight=False
     )
     for name, split in manifest["splits"].items():
+        shards = len(split["shards"])
         console.print(
-            f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {len(split['shards'])} shards",
+            f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, "
+            f"{shards} shard{'' if shards == 1 else 's'}",
             highlight=False,
         )
+        if not split["documents"] and (name != "validation" or manifest["settings"]["validation"]):
+            console.print(
+                f"[yellow]warning:[/] {name} is empty: too few documents for --validation "
+                f"{manifest['settings']['validation']:g}, which is a share of them; give another.",
+                highlight=False,
+            )
     console.print(f"written: {folder.resolve()}; train on prepared:{folder}", highlight=False, soft_wrap=True)

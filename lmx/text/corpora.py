@@ -196,6 +196,8 @@ def _open_one(spec: str, fields: Sequence[str], tasks: Sequence[str]) -> Source:
             "a source is builtin:NAME, text:PATH, jsonl:FILE, parquet:PATH, tfds:NAME, hf:NAME, task:NAME or "
             f"prepared:DIR; there is no kind {scheme!r} (in {spec!r}){nearest(scheme, _KINDS)}"
         )
+    if re.search(rf",\s*({'|'.join(_KINDS)}):", rest):
+        raise DataError(f"{spec!r} joins sources with a comma; write SOURCE + SOURCE, with spaces about the plus.")
     body, cut = _split_slice(scheme, rest)
     records = _read_task(body, tasks) if scheme == "task" else _read(scheme, body, fields)
     if len(records) == 0:

@@ -354,7 +354,10 @@ def read_tfds(name: str, fields: Sequence[str]) -> Sequence[Record]:
             builder.download_and_prepare()
     except Exception as error:  # of many kinds: unknown names, no network, no space, a checksum
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"TFDS cannot provide {name!r}: {reason}") from error
+        raise DataError(
+            f"TFDS cannot provide {name!r}: {reason.rstrip('.')}. Without a network name files of your own, as in "
+            "--config.data.train=text:PATH, or a folder that TFDS has prepared, in TFDS_DATA_DIR."
+        ) from error
     if split not in builder.info.splits:
         raise DataError(f"the TFDS dataset {name!r} has no split {split!r}{nearest(split, builder.info.splits)}")
     try:

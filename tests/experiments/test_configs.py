@@ -252,7 +252,7 @@ def shrunk():
         yield pytest.param(name, variant, marks=[] if first[name] == variant else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name, variant", shrunk())
+@pytest.mark.parametrize("name, variant", list(shrunk()))
 def test_shrunk_config_takes_a_step(name, variant, tmp_path):
     config = shrink(get(name, variant))
     tokenizer = ByteTokenizer(config.tokenizer.num_sentinels)

@@ -30,8 +30,9 @@ def test_a_cpu_is_not_known():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "chips"), [("v5p:8x8x16", (8, 8, 16), 1024), ("v5e:4x4", (4, 4), 16), ("h100:64", (64,), 64)]
+    ("name", "shape", "chips"),
+    [("v5p:8x8x16", (8, 8, 16), 1024), ("v5e:4x4", (4, 4), 16), ("h100:64", (64,), 64), ("H100:8", (8,), 8)],
 )
 def test_a_request_is_a_kind_and_a_shape(name, shape, chips):
     devices = read_devices(name)
-    assert (devices.hardware.name, devices.shape, devices.chips) == (name.partition(":")[0], shape, chips)
+    assert (devices.hardware.name, devices.shape, devices.chips) == (name.lower().partition(":")[0], shape, chips)

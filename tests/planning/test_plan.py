@@ -145,9 +145,12 @@ def test_every_mesh_that_is_tried_suits_the_sizes():
     ("devices", "message"),
     [
         ("v5q:4x4", "'v5q:4x4' is no kind of device; did you mean 'v5p'"),
+        ("here:4", "no kind of device; write"),
         ("v5p", "lacks how many devices"),
+        ("v5p:-1x2x2", "'-1x2x2' is not how many devices"),
+        ("h100:0", "'0' is not how many"),
         ("v5p:64", "chips along each dimension"),
-        ("h100:4x4", "lacks how many"),
+        ("h100:4x4", "'4x4' is not how many"),
         ("h100:12", "nodes of 8"),
     ],
 )

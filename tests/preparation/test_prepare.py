@@ -208,6 +208,16 @@ def test_a_tokenizer_is_trained_on_what_is_left(sources, tmp_path):
     assert again["splits"]["train"]["shards"] == manifest["splits"]["train"]["shards"]
 
 
+def test_an_empty_split_is_warned_of_where_one_is_asked_for(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one document of more than five words")
+    command = ["data", "prepare", "--source", f"text:{tmp_path}/a.txt", "--processes", "1", "--output"]
+    assert cli.main([*command, str(tmp_path / "asked")]) == 0
+    assert "warning: validation is empty" in capsys.readouterr().out
+    assert cli.main([*command, str(tmp_path / "none"), "--validation", "0"]) == 0
+    told = capsys.readouterr().out
+    assert "warning" not in told and "1 shard\n" in told
+
+
 def test_the_command_line(sources, tmp_path, capsys):
     command = ["data", "prepare", "--source", sources[0], "--source", sources[1], "--output", str(tmp_path / "out")]
     assert cli.main([*command, "--processes", "1", "--duplicates", "exact", "--steps", "none"]) == 0

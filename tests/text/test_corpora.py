@@ -93,6 +93,7 @@ def test_two_complementary_slices_are_the_whole(numbers, percent):
         ("text:*.txt[:101%]", r"slice \[:101%\] cannot be read"),
         ("text:*.txt[3:3]", r"\[3:3\] of .* is empty: it has 10 characters"),
         ("builtin:python_manual[:0.1%]", r"is empty: it has \d+ records"),
+        ("text:a.txt,jsonl:b.jsonl", r"SOURCE \+ SOURCE"),
         ("txet:a.txt", r"no kind 'txet'.*did you mean 'text'"),
         ("a.txt", r"a source is builtin:NAME, text:PATH"),
         ("builtin:python_manua", r"did you mean 'python_manual'"),
