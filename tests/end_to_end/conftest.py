@@ -1,5 +1,6 @@
 """A small trained run, made once a worker by the command that the README gives."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ QUICKSTART = str(ROOT / "experiments" / "quickstart.py:tiny")
 
 def lmx(*arguments, check=True, timeout=300, **options):
     """Runs ``python -m lmx`` as a user would; returns the finished process."""
+    options.setdefault("env", {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"})
     done = subprocess.run(
         [sys.executable, "-m", "lmx", *map(str, arguments)],
         capture_output=True,

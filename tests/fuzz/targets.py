@@ -220,8 +220,10 @@ def _gguf_seed() -> bytes:
 def _sentencepiece_seed() -> bytes:
     from lmx.text.tokenizers import make_tokenizer
 
-    section = schema.Tokenizer(kind="sentencepiece", vocab_size=270)
-    return make_tokenizer(section, lambda: ["some text to be trained on"] * 3)._saved()["spiece.model"]
+    section = schema.Tokenizer(kind="sentencepiece", vocab_size=286)
+    return make_tokenizer(
+        section, lambda: ["some text to be trained on, and the rest of all the words that make it long"] * 3
+    )._saved()["spiece.model"]
 
 
 def _tokenizer_seed() -> bytes:

@@ -113,6 +113,7 @@ def test_what_no_family_has_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 def test_fine_tuning_from_a_published_checkpoint_and_going_on(tmp_path, capsys):
     folder, run = published(tmp_path / "bert"), tmp_path / "run"
     texts = [("a good film .", 1), ("fine films", 1), ("a dull film", 0), ("bad films .", 0)] * 8
@@ -171,7 +172,6 @@ def test_a_hub_name_is_opened_from_the_cache_without_a_network(tmp_path, monkeyp
             *("llama3", "mistral", "qwen2", "qwen3", "mixtral"),
         ],
         "bert-mlm",
-        "mixtral",
     ),
 )
 def test_a_step_and_a_generation_on_a_mesh(variant, tmp_path):

@@ -37,7 +37,9 @@ def loss(params, model, batch):
     return total
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "experts" else []) for name in PATTERNS]
+)
 def test_scanned_equals_unrolled_in_value_and_gradient(name):
     config, batch = PATTERNS[name], example(PATTERNS[name])
     unrolled, params = build(config)

@@ -95,7 +95,10 @@ def test_another_tokenizer_is_an_error_that_names_it(folder, tmp_path):
 def test_a_fingerprint_outlives_saving(kind, tmp_path):
     from lmx.text.tokenizers import make_tokenizer
 
-    tokenizer = make_tokenizer(Section(kind=kind, vocab_size=270), lambda: ["some text to be trained on"] * 3)
+    tokenizer = make_tokenizer(
+        Section(kind=kind, vocab_size=286),
+        lambda: ["some text to be trained on, and the rest of all the words that make it long"] * 3,
+    )
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint() == tokenizer.fingerprint() != ByteTokenizer(3).fingerprint()
 
