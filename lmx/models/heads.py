@@ -7,34 +7,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lmx.kernels.linear_cross_entropy import Unembedding
 from lmx.model_config import Model
 from lmx.models.feed_forward import ACTIVATIONS
-from lmx.models.layers import Norm, Projection
-from lmx.parallel.sharding import constrain
+from lmx.models.layers import Norm, Projection, UnembeddingKernel
 
 
-class VocabularyLogits(nn.Module):
-    """Scores of every token: the transposed token table, or a kernel of its own."""
+class VocabularyHead(nn.Module):
+    """Scores of every token, by the transposed token table or a kernel of its own."""
 
     config: Model
     use_bias: bool = False
 
     @nn.compact
-    def __call__(
-        self, hidden: Float[Array, "... embed"], table: Float[Array, "vocab embed"]
-    ) -> Float[Array, "... vocab"]:
+    def __call__(self, hidden: Float[Array, "... embed"], table: Float[Array, "vocab embed"]) -> Unembedding:
         config = self.config
         if config.scale_logits:
             hidden = hidden / math.sqrt(config.embed_dim)
-        if config.tie_embeddings:
-            logits = jnp.einsum("...e,ve->...v", hidden, table)
-        else:
-            logits = Projection(config, (config.vocab_size,), ("embed", "vocab"), use_bias=False, name="output")(hidden)
-        logits = logits.astype(jnp.float32)
+        kernel = table if config.tie_embeddings else UnembeddingKernel(config, name="output")()
+        bias = None
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
-            logits += self.param("bias", init, (config.vocab_size,))
-        return constrain(logits, "batch", "length", "vocab") if logits.ndim == 3 else logits
+            bias = self.param("bias", init, (config.vocab_size,))
+        return Unembedding(hidden.astype(config.dtype), kernel, bias, tied=config.tie_embeddings)
 
 
 class MaskedLMHead(nn.Module):
@@ -46,13 +41,11 @@ class MaskedLMHead(nn.Module):
     config: Model
 
     @nn.compact
-    def __call__(
-        self, hidden: Float[Array, "... embed"], table: Float[Array, "vocab embed"]
-    ) -> Float[Array, "... vocab"]:
+    def __call__(self, hidden: Float[Array, "... embed"], table: Float[Array, "vocab embed"]) -> Unembedding:
         config = self.config
         hidden = Projection(config, (config.embed_dim,), ("embed", "head_mlp"), name="dense")(hidden)
         hidden = Norm(config, name="norm")(ACTIVATIONS[config.activation](hidden))
-        return VocabularyLogits(config, use_bias=True, name="vocabulary")(hidden, table)
+        return VocabularyHead(config, use_bias=True, name="vocabulary")(hidden, table)
 
 
 def pool(
@@ -113,7 +106,7 @@ class Heads(nn.Module):
     def setup(self):
         config = self.config
         makers = {
-            "lm": lambda: VocabularyLogits(config),
+            "lm": lambda: VocabularyHead(config),
             "mlm": lambda: MaskedLMHead(config),
             "classification": lambda: ClassificationHead(config),
             "span": lambda: Projection(config, (2,), ("embed", None), use_bias=True),

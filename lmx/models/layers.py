@@ -75,18 +75,41 @@ class Projection(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_inputs :])
             y += self.param("bias", init, self.features).astype(dtype)
         if has_adapter(self.config, self.path):
-            y += self._adapter(x.astype(dtype), shape[: self.num_inputs])
+            down, up = adapter(self, shape, self.axes, self.num_inputs)
+            low = jnp.tensordot(x.astype(dtype), down.astype(dtype), self.num_inputs)
+            y += self.config.lora.alpha / self.config.lora.rank * jnp.tensordot(low, up.astype(dtype), 1)
         return y
 
-    def _adapter(self, x, inputs):
-        """``alpha / rank * x A B`` (Hu et al. 2021, section 4.1): A is Gaussian at first and B zero."""
-        lora, axes = self.config.lora, self.axes
-        init = nn.initializers.normal(1 / math.sqrt(math.prod(inputs)))
-        init = nn.with_logical_partitioning(init, (*axes[: self.num_inputs], None))
-        down = self.param("lora_a", init, (*inputs, lora.rank)).astype(x.dtype)
-        init = nn.with_logical_partitioning(nn.initializers.zeros, (None, *axes[self.num_inputs :]))
-        up = self.param("lora_b", init, (lora.rank, *self.features)).astype(x.dtype)
-        return lora.alpha / lora.rank * jnp.tensordot(jnp.tensordot(x, down, self.num_inputs), up, 1)
+
+class UnembeddingKernel(nn.Module):
+    """The kernel of the last layer, [embed, vocab], with its adapter added to it."""
+
+    config: Model
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "embed vocab"]:
+        config, axes = self.config, ("embed", "vocab")
+        shape = (config.embed_dim, config.vocab_size)
+        kernel = self.param("kernel", nn.with_logical_partitioning(kernel_init(config), axes), shape)
+        if has_adapter(config, self.path):
+            down, up = adapter(self, shape, axes)
+            kernel += config.lora.alpha / config.lora.rank * (down @ up)
+        return constrain(kernel.astype(config.dtype), None, "vocab")
+
+
+def adapter(
+    module: nn.Module, shape: tuple[int, ...], axes: tuple[str | None, ...], num_inputs: int = 1
+) -> tuple[Float[Array, "... rank"], Float[Array, "rank ..."]]:
+    """A and B, of which ``alpha / rank * A B`` adds to a kernel of this shape (Hu et al. 2021, section 4.1).
+
+    A is Gaussian at first and B zero. They become parameters of the module that has the kernel.
+    """
+    inputs, features, rank = shape[:num_inputs], shape[num_inputs:], module.config.lora.rank
+    init = nn.initializers.normal(1 / math.sqrt(math.prod(inputs)))
+    init = nn.with_logical_partitioning(init, (*axes[:num_inputs], None))
+    down = module.param("lora_a", init, (*inputs, rank))
+    init = nn.with_logical_partitioning(nn.initializers.zeros, (None, *axes[num_inputs:]))
+    return down, module.param("lora_b", init, (rank, *features))
 
 
 class Norm(nn.Module):

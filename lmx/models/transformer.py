@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from lmx.errors import ConfigError
 from lmx.kernels.attention import Mask
+from lmx.kernels.linear_cross_entropy import Unembedding
 from lmx.model_config import Model
 from lmx.models.attention import Cache
 from lmx.models.block import Context
@@ -126,13 +127,21 @@ class Transformer(nn.Module):
         padding; segments of decoder and encoder correspond."""
         return self._run(self.decoder, batch, "decoder_", train, encoded, cache)
 
+    def lm_head(self, hidden: Float[Array, "... embed"]) -> Unembedding:
+        """What scores the next token: its logits, or a loss that never holds them all."""
+        return self.heads.lm(hidden, self.embeddings.tokens())
+
+    def mlm_head(self, hidden: Float[Array, "... embed"]) -> Unembedding:
+        """What scores the token at each place; give it only the places that are asked for."""
+        return self.heads.mlm(hidden, self.embeddings.tokens())
+
     def lm_logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Scores of the next token, float32."""
-        return self.heads.lm(hidden, self.embeddings.tokens())
+        return self.lm_head(hidden).logits()
 
     def mlm_logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """Scores of the token at each place, float32; give it only the places that are asked for."""
-        return self.heads.mlm(hidden, self.embeddings.tokens())
+        return self.mlm_head(hidden).logits()
 
     def classify(
         self, hidden: Float[Array, "batch length embed"], batch: Batch, train: bool = False

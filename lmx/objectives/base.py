@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lmx.config import Config
 from lmx.errors import ConfigError, DataError
-from lmx.kernels.cross_entropy import cross_entropy
+from lmx.kernels.linear_cross_entropy import Unembedding, linear_cross_entropy
 from lmx.text.packing import Cut
 from lmx.text.tokenizers import Tokenizer
 
@@ -97,27 +97,25 @@ class TokenObjective(Objective):
 
     def token_terms(
         self,
-        logits: Float[Array, "batch length vocab"],
+        head: Unembedding,
         targets: Int[Array, "batch length"],
         weights: Float[Array, "batch length"],
         train: bool,
         sources: Int[Array, "batch length"] | None = None,
-    ) -> dict[str, Term]:
+    ) -> tuple[dict[str, Term], Bool[Array, "batch length"]]:
         """``loss`` (nats a token) and ``accuracy`` (fraction of tokens whose most likely id is the target).
 
-        Of a training mixture also the loss of each source.
+        Of a training mixture also the loss of each source. Beside them, which tokens are right.
         """
         smoothing, z_loss = (self.label_smoothing, self.z_loss) if train else (0.0, 0.0)
-        nll = cross_entropy(logits, targets, smoothing, z_loss)
-        correct = jnp.argmax(logits, axis=-1) == targets
-        weight = jnp.sum(weights)
-        terms = {"loss": (jnp.sum(nll * weights), weight), "accuracy": (jnp.sum(correct * weights), weight)}
-        return terms | self.by_source(nll, weights, sources)
+        scores = linear_cross_entropy(head, targets, weights, label_smoothing=smoothing, z_loss=z_loss)
+        right, weight = scores.predicted == targets, jnp.sum(weights)
+        terms = {"loss": (scores.loss, weight), "accuracy": (jnp.sum(right * weights), weight)}
+        return terms | self.by_source(scores.nll, weights, sources), right
 
 
 def exact_match(
-    logits: Float[Array, "batch length vocab"],
-    targets: Int[Array, "batch length"],
+    right: Bool[Array, "batch length"],
     weights: Float[Array, "batch length"],
     segments: Int[Array, "batch length"],
 ) -> Term:
@@ -125,7 +123,7 @@ def exact_match(
 
     An example is a segment of a row in which some target counts, so packed rows score as unpacked ones do.
     """
-    wrong = weights * (jnp.argmax(logits, axis=-1) != targets)
+    wrong = weights * ~right
     per_segment = jax.vmap(lambda values, ids: jax.ops.segment_sum(values, ids, num_segments=values.shape[0] + 1))
     present = per_segment(weights, segments) > 0
     right = present & (per_segment(wrong, segments) == 0)

@@ -43,5 +43,5 @@ class Causal(TokenObjective):
         }
 
     def terms(self, model: Any, batch: Batch, train: bool = False) -> dict[str, Term]:
-        logits = model.lm_logits(model.hidden(batch, train=train))
-        return self.token_terms(logits, batch["targets"], batch["weights"], train, batch.get("sources"))
+        head = model.lm_head(model.hidden(batch, train=train))
+        return self.token_terms(head, batch["targets"], batch["weights"], train, batch.get("sources"))[0]

@@ -128,7 +128,7 @@ class MaskedLanguageModel(TokenObjective):
         weights, states, targets, *sources = gather_predictions(
             batch["weights"], self.num_predictions, hidden, *(batch[name] for name in names)
         )
-        terms = self.token_terms(model.mlm_logits(states), targets, weights, train, *sources)
+        terms, _ = self.token_terms(model.mlm_head(states), targets, weights, train, *sources)
         if self.next_sentence:
             logits = model.classify(hidden, batch, train=train)
             weights = batch["label_weights"]

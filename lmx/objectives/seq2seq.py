@@ -42,10 +42,10 @@ class EncoderDecoderObjective(TokenObjective):
         self.lengths |= {f"decoder_{name}": decoder for name in (*names, "targets", "weights")}
 
     def terms(self, model: Any, batch: Batch, train: bool = False) -> dict[str, Term]:
-        logits = model.lm_logits(model.hidden(batch, train=train))
+        head = model.lm_head(model.hidden(batch, train=train))
         targets, weights = batch["decoder_targets"], batch["decoder_weights"]
-        terms = self.token_terms(logits, targets, weights, train, batch.get("decoder_sources"))
-        return terms | {"exact_match": exact_match(logits, targets, weights, batch["decoder_segments"])}
+        terms, right = self.token_terms(head, targets, weights, train, batch.get("decoder_sources"))
+        return terms | {"exact_match": exact_match(right, weights, batch["decoder_segments"])}
 
 
 class Seq2Seq(EncoderDecoderObjective):

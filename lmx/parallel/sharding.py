@@ -138,6 +138,15 @@ def current_layout() -> Layout | None:
     return _CURRENT.get()
 
 
+def current_platform() -> str:
+    """What is being compiled for: cpu, gpu or tpu, there or not."""
+    layout = current_layout()
+    if layout is None or isinstance(layout.mesh, AbstractMesh):
+        return jax.default_backend()
+    platform = layout.mesh.devices.flat[0].platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 @contextlib.contextmanager
 def use_layout(layout: Layout) -> Iterator[None]:
     """Within, logical axes mean axes of this layout's mesh."""

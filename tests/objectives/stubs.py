@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmx.config import Config, from_dict
+from lmx.kernels.linear_cross_entropy import Unembedding
 from lmx.text.packing import TokenStore
 from lmx.text.tokenizers import Tokenizer
 
@@ -122,10 +123,10 @@ class Oracle:
     def hidden(self, batch, train=False):
         return self._hidden
 
-    def lm_logits(self, hidden):
-        return hidden
+    def lm_head(self, hidden):
+        return Unembedding(hidden, jnp.eye(hidden.shape[-1]))
 
-    mlm_logits = lm_logits
+    mlm_head = lm_head
 
     def classify(self, hidden, batch, train=False):
         return jnp.asarray(self._classes)

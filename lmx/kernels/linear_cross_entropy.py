@@ -1,0 +1,235 @@
+"""The last layer and the cross-entropy after it as one, so that the logits of a whole batch never stand in memory.
+
+They are a batch's largest array by far: 1.6 GB for 8 x 1,024 tokens over 50,257 ids. Here they are computed for a
+chunk of the tokens at a time, and where a gradient is wanted it is computed in the same pass, while the chunk is at
+hand: nothing is computed twice, and backward only scales what is there, since the loss is one number. The same idea as
+a GPU kernel is Hsu et al. 2024 (Liger Kernel), section 3.2.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, Shaped
+
+from lmx.kernels.cross_entropy import cross_entropy
+from lmx.parallel.sharding import constrain, current_layout, current_platform
+
+CHUNK_LOGITS = {"cpu": 1 << 22}  # of a chunk on a device; on a CPU about what its caches hold
+CHUNK_LOGITS_ELSEWHERE = 1 << 26  # a product of a thousand rows and more keeps an accelerator busy
+
+
+@struct.dataclass
+class Unembedding:
+    """The last layer, not computed yet: logits are ``hidden @ kernel + bias``.
+
+    Attributes:
+      hidden: what it reads, in the type that the product is computed in.
+      kernel: [vocab, embed] as a token table has it, or [embed, vocab]; of the same type.
+      bias: added to the logits, in float32.
+      tied: the kernel is [vocab, embed].
+    """
+
+    hidden: Float[Array, "... embed"]
+    kernel: Float[Array, "rows columns"]
+    bias: Float[Array, " vocab"] | None = None
+    tied: bool = struct.field(pytree_node=False, default=True)
+
+    def logits(self) -> Float[Array, "... vocab"]:
+        """All of them, float32."""
+        logits = _product(self.hidden, self.kernel, self.bias, self.tied)
+        return constrain(logits, "batch", "length", "vocab") if logits.ndim == 3 else logits
+
+
+@struct.dataclass
+class TokenScores:
+    """How well each token was predicted.
+
+    Attributes:
+      loss: the weighted sum of the tokens' cross-entropies, in nats. It alone has a gradient.
+      nll: the cross-entropy of each token, in nats.
+      predicted: the likeliest id at each place; of several the first.
+    """
+
+    loss: Float[Array, ""]
+    nll: Float[Array, "batch length"]
+    predicted: Int[Array, "batch length"]
+
+
+def linear_cross_entropy(
+    unembedding: Unembedding,
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_logits: int | None = None,
+) -> TokenScores:
+    """Scores predictions of ``targets``, as :func:`lmx.kernels.cross_entropy.cross_entropy` of all logits would.
+
+    Args:
+      unembedding: the last layer, over hidden states [batch, length, embed].
+      targets: the right ids.
+      weights: what each token counts; they get no gradient.
+      label_smoothing, z_loss: see :func:`lmx.kernels.cross_entropy.cross_entropy`.
+      chunk_logits: most logits that a device holds at a time, if one place of each of its rows has no more; none: what
+        suits the platform.
+    """
+    vocab_size = unembedding.kernel.shape[0 if unembedding.tied else 1]
+    limit = chunk_logits or CHUNK_LOGITS.get(current_platform(), CHUNK_LOGITS_ELSEWHERE)
+    chunks = Chunks.of(*targets.shape, vocab_size, limit)
+    scoring = _Scoring(unembedding.tied, label_smoothing, z_loss)
+    hidden, targets, weights = map(chunks.split, (unembedding.hidden, targets, weights))
+    loss, nll, predicted = _scores(scoring, hidden, unembedding.kernel, unembedding.bias, targets, weights)
+    return TokenScores(loss, *(jax.lax.stop_gradient(chunks.join(x)) for x in (nll, predicted)))
+
+
+def linear_cross_entropy_reference(
+    unembedding: Unembedding,
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> TokenScores:
+    """The same from all logits at once."""
+    logits = unembedding.logits()
+    nll = cross_entropy(logits, targets, label_smoothing, z_loss)
+    return TokenScores(jnp.sum(nll * weights), jax.lax.stop_gradient(nll), jnp.argmax(logits, axis=-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """How [batch, length] is cut: every device goes through its own rows, some of their places at a time.
+
+    A chunk is [shards of rows, rows, shards of places, places, ...]: what a device holds stays where it is, and a sum
+    over the batch can wait until all chunks have been seen.
+    """
+
+    batch: int
+    length: int
+    row_shards: int
+    place_shards: int
+    count: int
+    places: int
+
+    @classmethod
+    def of(cls, batch: int, length: int, vocab_size: int, limit: int) -> "Chunks":
+        """As few chunks as keep a device's logits of one within ``limit``."""
+        layout = current_layout()
+        shards = (1, 1, 1)
+        if layout is not None:
+            split = layout.activation_axes(("batch", "length", "vocab"), (batch, length, vocab_size))
+            shards = tuple(map(layout.devices_along, split))
+        row_shards = shards[0] if batch % shards[0] == 0 else 1
+        own_length = -(-length // shards[1])
+        own_logits = batch // row_shards * -(-vocab_size // shards[2])  # of one place of each row
+        count = -(-own_length // max(1, limit // own_logits))
+        places = -(-own_length // count)  # about as many in each chunk, so that little is padding
+        return cls(batch, length, row_shards, shards[1], -(-own_length // places), places)
+
+    def split(self, x: Shaped[Array, "batch length ..."]) -> Shaped[Array, "chunks ..."]:
+        """All chunks; places that are added hold zeros."""
+        more = self.place_shards * self.count * self.places - self.length
+        x = jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)])
+        x = x.reshape(self.row_shards, -1, self.place_shards, self.count, self.places, *x.shape[2:])
+        return constrain(jnp.moveaxis(x, 3, 0), None, *CHUNK, *[None] * (x.ndim - 5))
+
+    def join(self, x: Shaped[Array, "chunks ..."]) -> Shaped[Array, "batch length ..."]:
+        """The inverse of :meth:`split`."""
+        x = jnp.moveaxis(x, 0, 3)
+        return x.reshape(self.batch, -1, *x.shape[5:])[:, : self.length]
+
+
+class _Scoring(NamedTuple):
+    tied: bool
+    label_smoothing: float
+    z_loss: float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scores(scoring, hidden, kernel, bias, targets, weights):
+    """The loss, and ``nll`` and ``predicted`` of every chunk."""
+
+    def body(loss, chunk):
+        x, targets, weights = chunk
+        logits = _chunk_logits(scoring, x, kernel, bias)
+        nll = cross_entropy(logits, targets, scoring.label_smoothing, scoring.z_loss)
+        return loss + jnp.sum(nll * weights), (nll, _likeliest(logits))
+
+    loss, (nll, predicted) = jax.lax.scan(body, jnp.zeros(()), (hidden, targets, weights))
+    return loss, nll, predicted
+
+
+def _scores_and_gradients(scoring, hidden, kernel, bias, targets, weights):
+    # The gradient of a frozen layer would take the memory and the work of a trained one's.
+    trains = kernel.perturbed or (bias is not None and bias.perturbed)
+    hidden, kernel, targets, weights = (x.value for x in (hidden, kernel, targets, weights))
+    bias = None if bias is None else bias.value
+
+    def body(sums, chunk):
+        loss, of_kernel, of_bias = sums
+        x, targets, weights = chunk
+        logits = _chunk_logits(scoring, x, kernel, bias)
+        nll, pull_back = jax.vjp(lambda y: cross_entropy(y, targets, scoring.label_smoothing, scoring.z_loss), logits)
+        of_logits = constrain(pull_back(weights)[0], *CHUNK, "vocab")
+        if of_bias is not None:
+            of_bias += of_logits.sum((1, 3))
+        of_logits = of_logits.astype(x.dtype)
+        if of_kernel is not None:
+            axes = _axes(scoring.tied)
+            of_kernel += jnp.einsum(f"abcdv,abcde->ac{axes}", of_logits, x, preferred_element_type=jnp.float32)
+        of_x = jnp.einsum(f"abcdv,{_axes(scoring.tied)}->abcde", of_logits, kernel)
+        sums = (loss + jnp.sum(nll * weights), of_kernel, of_bias)
+        return sums, (nll, _likeliest(logits), constrain(of_x, *CHUNK, None))
+
+    def zeros(like, *names):
+        """A sum for each shard of the batch: they are added up once, when all chunks have been seen."""
+        shape = (hidden.shape[1], hidden.shape[3], *like.shape)
+        return constrain(jnp.zeros(shape, jnp.float32), "batch", "length", *names)
+
+    of_kernel = zeros(kernel, *(("vocab", None) if scoring.tied else (None, "vocab"))) if trains else None
+    of_bias = None if bias is None or not trains else zeros(bias, "vocab")
+    sums, outputs = jax.lax.scan(body, (jnp.zeros(()), of_kernel, of_bias), (hidden, targets, weights))
+    loss, *of_layer = sums
+    nll, predicted, of_hidden = outputs
+    of_layer = [None if x is None else x.sum((0, 1)) for x in of_layer]
+    return (loss, nll, predicted), (of_hidden, *of_layer)
+
+
+def _scaled(scoring, gradients, cotangents):
+    by_loss = cotangents[0]  # nll and predicted are handed out without a gradient
+    of_hidden, of_kernel, of_bias = jax.tree.map(lambda x: x * by_loss.astype(x.dtype), gradients)
+    if of_kernel is not None:
+        of_kernel = of_kernel.astype(of_hidden.dtype)  # which is the kernel's too
+    return of_hidden, of_kernel, of_bias, None, None
+
+
+_scores.defvjp(_scores_and_gradients, _scaled, symbolic_zeros=True)
+
+CHUNK = ("batch", None, "length", None)  # logical names of a chunk's dimensions, but the last
+
+
+def _axes(tied):
+    """The kernel's axes, v(ocabulary) and e(mbedding), in the order in which they stand."""
+    return "ve" if tied else "ev"
+
+
+def _product(hidden, kernel, bias, tied):
+    logits = jnp.einsum(f"...e,{_axes(tied)}->...v", hidden, kernel, preferred_element_type=jnp.float32)
+    return logits if bias is None else logits + bias
+
+
+def _chunk_logits(scoring, x, kernel, bias):
+    return constrain(_product(x, kernel, bias, scoring.tied), *CHUNK, "vocab")
+
+
+def _likeliest(logits):
+    """``argmax``, as two reductions that a CPU can vectorize and a split vocabulary can share."""
+    vocab_size = logits.shape[-1]
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits == top, ids, vocab_size - 1), axis=-1)

@@ -1,0 +1,131 @@
+"""The fused last layer against the definition in float64, and what its compiled program holds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmx.kernels.linear_cross_entropy import Unembedding, linear_cross_entropy, linear_cross_entropy_reference
+
+
+def layer(rng, batch, length, embed, vocab, tied=True, bias=True, dtype=jnp.float32):
+    """A last layer, targets and weights."""
+    shape = (vocab, embed) if tied else (embed, vocab)
+    hidden, kernel = rng.standard_normal((batch, length, embed)), rng.standard_normal(shape)
+    bias = jnp.asarray(rng.standard_normal(vocab), jnp.float32) if bias else None
+    weights = rng.random((batch, length)) * (rng.random((batch, length)) < 0.8)
+    found = Unembedding(jnp.asarray(hidden, dtype), jnp.asarray(kernel, dtype), bias, tied)
+    targets = jnp.asarray(rng.integers(vocab, size=(batch, length)), jnp.int32)
+    return found, targets, jnp.asarray(weights, jnp.float32)
+
+
+def by_definition(head, targets, weights, label_smoothing, z_loss):
+    """Loss, nll, predicted, and the loss's gradients by hidden states, kernel and bias, in float64."""
+    hidden, kernel = np.float64(head.hidden), np.float64(head.kernel)
+    kernel = kernel.T if head.tied else kernel
+    logits = hidden @ kernel + (0 if head.bias is None else np.float64(head.bias))
+    top = logits.max(-1, keepdims=True)
+    log_z = np.log(np.exp(logits - top).sum(-1, keepdims=True)) + top
+    vocab = logits.shape[-1]
+    wanted = (1 - label_smoothing) * np.eye(vocab)[np.asarray(targets)] + label_smoothing / vocab
+    nll = -(wanted * (logits - log_z)).sum(-1) + z_loss * log_z[..., 0] ** 2
+    by_logits = np.exp(logits - log_z) * (1 + 2 * z_loss * log_z) - wanted
+    by_logits *= np.float64(weights)[..., None]
+    by_kernel = np.einsum("ble,blv->ev", hidden, by_logits)
+    gradients = (by_logits @ kernel.T, by_kernel.T if head.tied else by_kernel, by_logits.sum((0, 1)))
+    return (nll * np.float64(weights)).sum(), nll, logits.argmax(-1), gradients
+
+
+def with_gradients(function, head, targets, weights, factor=1.0, **options):
+    """What ``function`` finds, and the gradients of ``factor`` times its loss."""
+
+    def loss(hidden, kernel, bias):
+        scores = function(Unembedding(hidden, kernel, bias, head.tied), targets, weights, **options)
+        return factor * scores.loss, scores
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1) if head.bias is None else (0, 1, 2), has_aux=True))
+    gradients, scores = gradient(head.hidden, head.kernel, head.bias)
+    return scores, gradients
+
+
+@pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_equals_the_definition_whatever_the_shapes_and_chunks(examples):
+    @settings(max_examples=examples, deadline=None)
+    @given(st.data())
+    def check(data):
+        batch, length, embed, vocab, chunk = (data.draw(st.integers(1, most)) for most in (4, 9, 6, 20, 300))
+        tied, bias = data.draw(st.booleans()), data.draw(st.booleans())
+        options = {
+            "label_smoothing": data.draw(st.sampled_from([0.0, 0.1])),
+            "z_loss": data.draw(st.sampled_from([0, 0.01])),
+        }
+        rng = np.random.default_rng(data.draw(st.integers(0, 100)))
+        head, targets, weights = layer(rng, batch, length, embed, vocab, tied, bias)
+        loss, nll, predicted, expected = by_definition(head, targets, weights, **options)
+        scores, gradients = with_gradients(
+            linear_cross_entropy, head, targets, weights, factor=-3.0, chunk_logits=chunk, **options
+        )
+        alone = linear_cross_entropy(head, targets, weights, chunk_logits=chunk, **options)
+        for found in (scores, alone):
+            np.testing.assert_allclose(found.loss, loss, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(found.nll, nll, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(found.predicted, predicted)
+        for found, wanted in zip(gradients, expected, strict=False):
+            np.testing.assert_allclose(found, -3.0 * wanted, rtol=1e-4, atol=1e-4)
+
+    check()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_is_multiplied_in_bfloat16_and_summed_in_float32(tied):
+    head, targets, weights = layer(np.random.default_rng(0), 2, 32, 64, 100, tied, dtype=jnp.bfloat16)
+    scores, gradients = with_gradients(linear_cross_entropy, head, targets, weights, chunk_logits=800)
+    loss, nll, _, expected = by_definition(head, targets, weights, 0.0, 0.0)
+    assert scores.nll.dtype == jnp.float32 and [x.dtype for x in gradients] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    np.testing.assert_allclose(scores.nll, nll, rtol=1e-4, atol=1e-3)  # only the inputs are rounded, and they are given
+    for found, wanted in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(np.float64(found), wanted, atol=0.01 * abs(wanted).max())
+
+
+def test_of_equally_likely_ids_the_first_is_predicted():
+    head = Unembedding(jnp.ones((1, 2, 1)), jnp.array([[1.0], [2.0], [2.0]]))
+    scores = linear_cross_entropy(head, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2)))
+    np.testing.assert_array_equal(scores.predicted, [[1, 1]])
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_program_never_holds_all_logits(gradient):
+    head, targets, weights = layer(np.random.default_rng(0), 4, 64, 8, 1000, bias=False)
+
+    def compiled(function, **options):
+        def loss(hidden, kernel):
+            return function(Unembedding(hidden, kernel), targets, weights, **options).loss
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)) if gradient else loss).lower(head.hidden, head.kernel).compile()
+
+    whole = compiled(linear_cross_entropy_reference)
+    ours = compiled(linear_cross_entropy, chunk_logits=16 * 1000)
+    all_logits = 4 * targets.size * 1000
+    assert whole.memory_analysis().temp_size_in_bytes >= all_logits
+    assert ours.memory_analysis().temp_size_in_bytes <= all_logits / 4
+    assert "f32[4,64,1000]" in whole.as_text() and "f32[4,64,1000]" not in ours.as_text()
+
+
+def test_a_frozen_kernel_gets_no_gradient_and_no_work():
+    head, targets, weights = layer(np.random.default_rng(0), 2, 8, 16, 64, bias=False)
+
+    def gradient(names):
+        def loss(trained):
+            return linear_cross_entropy(head.replace(**trained), targets, weights, chunk_logits=64).loss
+
+        trained = {name: getattr(head, name) for name in names}
+        return trained, jax.jit(jax.grad(loss)).lower(trained).as_text().count("stablehlo.dot_general")
+
+    found, products = gradient(["hidden"])
+    assert products == 2  # logits, and the hidden states' gradient
+    assert gradient(["hidden", "kernel"])[1] == 3
+    both = with_gradients(linear_cross_entropy, head, targets, weights)[1]
+    alone = jax.grad(lambda x: linear_cross_entropy(head.replace(hidden=x), targets, weights).loss)(found["hidden"])
+    np.testing.assert_allclose(alone, both[0], rtol=1e-6)
