@@ -40,6 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_predict(command("predict", "Classify texts with a fine-tuned model."))
     _add_convert(command("convert", "Write a model in another form, to and from published checkpoints."))
     _add_tokenizer(command("tokenizer", "Train a SentencePiece tokenizer."))
+    _add_bench(command("bench", "Time lmx beside PyTorch and transformers on this machine."))
     data = commands.add_parser("data", help="Prepare a corpus, look at examples, compare texts.")
     data.set_defaults(print_help=data.print_help)
     _add_data_commands(functools.partial(command, group=data.add_subparsers(title="commands", metavar="COMMAND")))
@@ -142,6 +143,13 @@ def _add_tokenizer(tokenizer: argparse.ArgumentParser) -> None:
     tokenizer.add_argument("--field", default="text", metavar="NAME", help="field of the records that holds the text")
     tokenizer.add_argument("--lowercase", action="store_true", help="lower-case the text first")
     tokenizer.add_argument("--no-byte-fallback", action="store_true", help="unknown characters become <unk>")
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--suite", choices=("cpu", "gpu"), help="(what this machine has)")
+    bench.add_argument("--only", default="", metavar="TEXT", help="only work with this in its name, such as gpt2")
+    bench.add_argument("--json", metavar="FILE", help="also write every number here, as it is measured")
+    bench.add_argument("--html", metavar="FILE", help="also write a page with a picture here")
 
 
 def _add_data_commands(command) -> None:

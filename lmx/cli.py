@@ -159,6 +159,12 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str], console: Console)
     console.print(f"{tokenizer.vocab_size:,} pieces in {Path(args.output).resolve()}", highlight=False)
 
 
+def _bench(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
+    from lmx.benchmarking.command import bench
+
+    bench(args.suite, console, args.json, args.html, args.only)
+
+
 def _prepare(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
     from lmx.preparation.command import prepare_from
 
@@ -215,6 +221,7 @@ COMMANDS = {
     "predict": _predict,
     "convert": _convert,
     "tokenizer": _tokenizer,
+    "bench": _bench,
     "data prepare": _prepare,
     "data inspect": _inspect,
     "data overlap": _overlap,

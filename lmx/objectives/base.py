@@ -36,6 +36,7 @@ class Objective(abc.ABC):
       dynamic: a row's example is drawn afresh each epoch.
       optimized: the terms whose means sum to the training loss.
       sources: names of the sources of a training mixture, each of which gets a loss of its own; else none.
+      num_predictions: positions of a row that get logits; none: all of them.
     """
 
     cut: Cut | None = None
@@ -44,6 +45,7 @@ class Objective(abc.ABC):
     dynamic: bool = False
     optimized: tuple[str, ...] = ("loss",)
     sources: tuple[str, ...] = ()
+    num_predictions: int | None = None
 
     @abc.abstractmethod
     def view(self, row: Mapping[str, Any], rng: np.random.Generator, sample: Sample | None) -> Example:

@@ -17,7 +17,6 @@ import flax.linen as nn
 import jax
 
 from lmx.config import Config
-from lmx.models.flops import forward_flops
 from lmx.models.heads import num_params
 from lmx.models.transformer import Transformer
 from lmx.parallel.hardware import Hardware
@@ -160,10 +159,8 @@ def make_plan(config: Config, target: Target) -> Plan:
 
 def tokens_and_flops(experiment: Experiment) -> tuple[int, float]:
     """Tokens of a global batch, and FLOPs of the forward pass for each."""
-    lengths = experiment.objective.lengths
-    source, target = lengths.get("encoder_tokens", 0), lengths.get("decoder_tokens") or lengths["tokens"]
-    tokens = experiment.config.train.global_batch_size * (source + target)
-    return tokens, forward_flops(experiment.config.model, target, source) / (source + target)
+    tokens, flops = experiment.row_tokens_and_flops()
+    return experiment.config.train.global_batch_size * tokens, flops / tokens
 
 
 def count_parts(params: Any) -> dict[str, int]:

@@ -15,6 +15,7 @@ from lmx.errors import ConfigError
 from lmx.interop.adapters import is_adapter
 from lmx.interop.opening import body_of, locate
 from lmx.interop.pretrained import is_pretrained
+from lmx.models.flops import forward_flops
 from lmx.models.transformer import Transformer, init_params
 from lmx.objectives import Objective, make_objective
 from lmx.parallel.compile import check_strategy
@@ -72,6 +73,12 @@ class Experiment:
         """The optimizer for this model's parameters."""
         shapes = nn.meta.unbox(self.abstract_params())
         return make_optimizer(self.config.optimizer, self.config.train.steps, shapes)
+
+    def row_tokens_and_flops(self) -> tuple[int, float]:
+        """Tokens of a row, of both stacks where there are two, and FLOPs of its forward pass."""
+        lengths, predictions = self.objective.lengths, self.objective.num_predictions
+        source, target = lengths.get("encoder_tokens", 0), lengths.get("decoder_tokens") or lengths["tokens"]
+        return source + target, forward_flops(self.config.model, target, source, predictions)
 
     def train_batches(self) -> Iterator[dict]:
         """This host's part of the training batches, for ever."""

@@ -14,7 +14,6 @@ from rich.console import Console
 from lmx.config import Config
 from lmx.errors import TrainingError
 from lmx.kernels import attention
-from lmx.models.flops import forward_flops
 from lmx.models.heads import num_params
 from lmx.parallel.compile import axis_name, compile_step
 from lmx.parallel.hardware import hardware_of
@@ -308,11 +307,9 @@ def compiled_eval_step(experiment: Experiment, shardings: Any) -> Any:
 
 def throughput(experiment: Experiment) -> Throughput:
     """The meter of this run's speed; it knows utilization where the device's peak is known."""
-    lengths, model, mesh = experiment.objective.lengths, experiment.config.model, experiment.mesh
-    source, target = lengths.get("encoder_tokens", 0), lengths.get("decoder_tokens") or lengths["tokens"]
-    flops_per_token = 3 * forward_flops(model, target, source) / (source + target)
-    hardware = hardware_of(mesh.devices.flat[0])
-    return Throughput(flops_per_token, None if hardware is None else hardware.peak_flops * mesh.size)
+    tokens, flops = experiment.row_tokens_and_flops()
+    hardware = hardware_of(experiment.mesh.devices.flat[0])
+    return Throughput(3 * flops / tokens, None if hardware is None else hardware.peak_flops * experiment.mesh.size)
 
 
 def _print_header(experiment: Experiment, workdir: Path, console: Console) -> None:

@@ -49,6 +49,11 @@ def test_a_causal_row_counts_the_keys_it_sees():
     assert saved == 4 * LENGTH * (LENGTH - (LENGTH + 1) / 2) * BASE.embed_dim * BASE.num_layers
 
 
+def test_positions_without_logits_cost_no_output_layer():
+    saved = forward_flops(BASE, LENGTH) - forward_flops(BASE, LENGTH, num_predictions=10)
+    assert saved == 2 * (LENGTH - 10) * BASE.embed_dim * BASE.vocab_size
+
+
 def test_a_window_bounds_the_keys():
     windowed = dataclasses.replace(BASE, attention_windows=(0, 8))
     saved = forward_flops(BASE, LENGTH) - forward_flops(windowed, LENGTH)

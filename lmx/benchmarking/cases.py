@@ -1,0 +1,192 @@
+"""What is measured: the models, their sizes and the goals."""
+
+import dataclasses
+
+from lmx.config import Config, Data, Experts, Mesh, Model, Objective, Optimizer, Tokenizer, Train
+
+SYSTEMS = {
+    "lmx": "lmx",
+    "eager": "PyTorch, transformers, SDPA attention, fused AdamW",
+    "compiled": "the same through torch.compile",
+}
+PEERS = ("eager", "compiled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A piece of work that every system does.
+
+    Attributes:
+      name: of the work, such as "train gpt2 small".
+      kind: "training", "generation" or "loading".
+      config: the model, and for training the batch.
+      systems: who does it.
+      goal: how many times as fast as the best peer lmx is to be, at least.
+      documents: what a row holds: "whole", one document; "padded", one that is shorter; "packed", several such.
+      against: another case, whose time lmx's is compared with too; ``at_most`` that many times as long.
+      prompts, new_tokens: of generation; prompts have 64 tokens.
+    """
+
+    name: str
+    kind: str
+    config: Config
+    systems: tuple[str, ...] = ("lmx", *PEERS)
+    goal: float | None = 1.0
+    documents: str = "whole"
+    against: str = ""
+    at_most: float | None = None
+    prompts: int = 0
+    new_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a model and its batch.
+
+    Attributes:
+      layers: of each stack.
+      rows, length: of the batch; an encoder-decoder's targets are a quarter as long.
+    """
+
+    layers: int
+    width: int
+    rows: int
+    length: int
+    dtype: str = "float32"
+    vocab_size: int | None = None  # none: the published one
+
+
+def cases(suite: str, platform: str) -> list[Case]:
+    """The cases of a suite; those of "gpu" are shrunk where there is none, so that they can be tried."""
+    if suite == "cpu":
+        return _cpu()
+    return _gpu() if platform == "gpu" else [_shrunk(case) for case in _gpu()]
+
+
+def _cpu() -> list[Case]:
+    small, base = Size(4, 256, 8, 128), Size(4, 768, 4, 128)
+    found = []
+    for name, size, systems in (("small", small, ("lmx", *PEERS)), ("base-shaped", base, ("lmx", "eager"))):
+        goals = {"systems": systems}
+        found += [
+            Case(f"train gpt2 {name}", "training", gpt2(size), **goals),
+            Case(f"train bert {name} padded", "training", bert(size), documents="padded", **goals),
+            Case(f"train bert {name} packed", "training", bert(size), documents="packed", **goals),
+            Case(f"train t5 {name}", "training", t5(size), **goals),
+        ]
+    switch, dense = dataclasses.replace(base, layers=2), "train t5 of switch's shape"
+    small_switch = dataclasses.replace(small, layers=2)
+    found += [
+        Case("train switch small", "training", t5(small_switch, experts=8), systems=("lmx", "eager")),
+        Case(dense, "training", t5(switch), systems=("lmx",)),
+        Case(
+            "train switch base-shaped", "training", t5(switch, experts=8), ("lmx", "eager"), against=dense, at_most=1.25
+        ),
+    ]
+    decoder = gpt2(dataclasses.replace(base, layers=12))
+    found += [
+        Case(
+            f"generate gpt2 124m, batch {rows}",
+            "generation",
+            decoder,
+            ("lmx", "eager"),
+            goal,
+            prompts=rows,
+            new_tokens=new,
+        )
+        for rows, new, goal in ((1, 32, 2.0), (8, 16, 2.0), (64, 4, None))
+    ]
+    return [*found, Case("load gpt2 124m", "loading", decoder, ("lmx", "eager"), None)]
+
+
+def _gpu() -> list[Case]:
+    half = "bfloat16"
+    medium = Size(12, 768, 16, 1024, half)
+    found = [
+        Case("train gpt2 124m", "training", gpt2(medium), goal=1.2),
+        Case("train bert base packed", "training", bert(Size(12, 768, 32, 512, half)), documents="packed", goal=1.3),
+        Case("train bert base padded", "training", bert(Size(12, 768, 32, 512, half)), documents="padded"),
+        Case("train t5 base", "training", t5(Size(12, 768, 32, 512, half)), goal=1.2),
+        Case(
+            "train switch base 8", "training", t5(Size(12, 768, 32, 512, half), experts=8), ("lmx", "eager"), goal=1.2
+        ),
+        Case("train gpt2 1558m", "training", gpt2(Size(48, 1600, 8, 1024, half), heads=25, remat="dots_no_batch")),
+    ]
+    for rows, goal in ((1, None), (8, None), (64, 3.0)):
+        name = f"generate gpt2 124m, batch {rows}"
+        found.append(Case(name, "generation", gpt2(medium), goal=goal, prompts=rows, new_tokens=128))
+    return [*found, Case("load gpt2 124m", "loading", gpt2(medium), ("lmx", "eager"), None)]
+
+
+def _shrunk(case: Case) -> Case:
+    config = case.config.replace(
+        model={"num_layers": 2, "embed_dim": 64, "num_heads": 2, "mlp_dim": 128, "vocab_size": 512, "dtype": "float32"},
+        data={"length": 64, "target_length": 16},
+        train={"global_batch_size": 2},
+    )
+    systems = tuple(system for system in case.systems if system != "compiled")
+    return dataclasses.replace(case, config=config, systems=systems, new_tokens=min(case.new_tokens, 8))
+
+
+def gpt2(size: Size, heads: int | None = None, remat: str = "none") -> Config:
+    """A GPT-2 of a size, predicting the next token."""
+    return _config(
+        size,
+        Objective(name="causal"),
+        vocab_size=50257,
+        activation="gelu_tanh",
+        max_length=1024,
+        num_heads=heads or size.width // 64,
+        remat=remat,
+    )
+
+
+def bert(size: Size) -> Config:
+    """A BERT of a size, predicting 15 % of the tokens."""
+    return _config(
+        size,
+        Objective(name="mlm"),
+        architecture="encoder",
+        heads=("mlm",),
+        vocab_size=30522,
+        max_length=512,
+        norm_position="post",
+        norm_epsilon=1e-12,
+        activation="gelu",
+        num_token_types=2,
+        embedding_norm=True,
+    )
+
+
+def t5(size: Size, experts: int = 0) -> Config:
+    """A T5 of a size; with experts, a Switch Transformer with a sparse feed-forward in every other layer."""
+    return _config(
+        size,
+        Objective(name="seq2seq"),
+        architecture="encoder_decoder",
+        vocab_size=32128,
+        head_dim=64,
+        norm="rmsnorm",
+        norm_epsilon=1e-6,
+        use_bias=False,
+        position="relative",
+        attention_scale="none",
+        activation="relu",
+        scale_logits=True,
+        initializer="fan_in",
+        embedding_stddev=1.0,
+        experts=Experts(num_experts=experts, every=2, capacity_factor=1.25),
+    )
+
+
+def _config(size: Size, objective: Objective, vocab_size: int, **model) -> Config:
+    shape = {"num_layers": size.layers, "embed_dim": size.width, "mlp_dim": 4 * size.width, "dtype": size.dtype}
+    return Config(
+        model=Model(**{"num_heads": size.width // 64, "vocab_size": vocab_size} | shape | model),
+        objective=objective,
+        data=Data(train="builtin:python_manual", length=size.length, target_length=size.length // 4),
+        tokenizer=Tokenizer(kind="bytes"),
+        optimizer=Optimizer(learning_rate=1e-4, weight_decay=0.01, clip_norm=1.0),
+        train=Train(steps=1000, global_batch_size=size.rows),
+        mesh=Mesh(),
+    )

@@ -1,0 +1,55 @@
+"""``lmx bench``: runs a suite, prints its table and writes what is asked for."""
+
+import importlib.util
+from pathlib import Path
+
+from rich.console import Console
+
+from lmx.benchmarking.cases import SYSTEMS, cases
+from lmx.benchmarking.measure import matmul_peak, measure, systems
+from lmx.benchmarking.show import Results, machine, print_table, write_html
+from lmx.errors import ConfigError, LmxError
+
+
+def bench(
+    suite: str | None, console: Console, json: str | None = None, html: str | None = None, only: str = ""
+) -> Results:
+    """Measures a suite's cases, one after the other.
+
+    Args:
+      suite: "cpu" or "gpu"; none: what this machine has. "gpu" without one runs at small sizes, to be tried out.
+      json, html: files to write; the first after every case, so that a long run leaves what it has.
+      only: a part of the names of the cases to run; all by default.
+
+    Raises:
+      LmxError: there is no such suite or case, or the peers are not installed.
+    """
+    for path in filter(None, (json, html)):
+        if not Path(path).resolve().parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it first.")
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise LmxError(f"lmx bench needs {' and '.join(missing)} to compare with: pip install 'lmx[bench]'.")
+    with systems(SYSTEMS) as workers, console.status("starting") as status:
+        about = {name: value for worker in workers.values() for name, value in worker.ask("about").items()}
+        platform = "cpu" if about["platform"] == "cpu" else "gpu"
+        suite = suite or platform
+        if (suite, platform) == ("cpu", "gpu"):
+            raise ConfigError("--suite cpu measures the processor, and there is a GPU: set JAX_PLATFORMS=cpu.")
+        chosen = [case for case in cases(suite, platform) if only in case.name]
+        if not chosen:
+            names = ", ".join(case.name for case in cases(suite, platform))
+            raise ConfigError(f"--only {only!r}: no case of suite {suite!r} has that in its name: {names}.")
+        if suite != platform:
+            console.print("[yellow]no GPU here[/]: the suite runs at small sizes, and its figures mean nothing")
+        results = Results(suite, machine(about), matmul_peak(workers, platform))
+        for case in chosen:
+            results.measured.append(measure(suite, platform, case, workers, status.update))
+            if json:
+                results.write_json(json)
+    print_table(results, console)
+    if html:
+        write_html(html, results)
+    for path in filter(None, (json, html)):
+        console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    return results

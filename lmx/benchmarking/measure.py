@@ -1,0 +1,173 @@
+"""Systems take turns at the same work, and are timed."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lmx.benchmarking.cases import PEERS, Case
+from lmx.errors import LmxError
+
+ROUNDS = (3, 15)  # fewest and most turns
+SECONDS = 12.0  # that the turns of one case may take, if the fewest do not take longer
+MATMULS = {"cpu": ((2048, "float32"),), "gpu": ((8192, "bfloat16"),)}  # sizes and types of the measured peak
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One system at one case.
+
+    Attributes:
+      seconds: of every turn.
+      first_token: of some turns, for generation.
+      result: what the work gave the first time: a loss, or how many tokens.
+      ready: seconds from the model's making to the end of its first turn.
+      peak: most bytes of memory; of the process on a CPU, of the device elsewhere.
+      compile: seconds of it that compiling took, where that is done apart.
+      flops: of a turn, where a formula tells.
+    """
+
+    seconds: list[float]
+    first_token: list[float]
+    result: float
+    ready: float
+    peak: float
+    compile: float | None = None
+    flops: float | None = None
+
+    @property
+    def median(self) -> float:
+        """Seconds of a turn."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the slowest and the fastest of the middle half of the turns, by the median."""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A case with all that was measured of it.
+
+    Attributes:
+      timings: by system.
+      errors: of the systems that could not do it.
+    """
+
+    case: Case
+    timings: dict[str, Timing]
+    errors: dict[str, str]
+
+    @property
+    def best_peer(self) -> tuple[str, Timing] | None:
+        """The fastest of those that lmx is compared with, if any could do it."""
+        peers = [(name, self.timings[name]) for name in PEERS if name in self.timings]
+        return min(peers, key=lambda peer: peer[1].median, default=None)
+
+    @property
+    def flops(self) -> float | None:
+        """Of one turn: what lmx counts is the same work for all."""
+        return self.timings["lmx"].flops if "lmx" in self.timings else None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as fast as the best peer lmx is."""
+        if self.best_peer is None or "lmx" not in self.timings:
+            return None
+        return self.best_peer[1].median / self.timings["lmx"].median
+
+
+class System:
+    """A worker's end of the line."""
+
+    def __init__(self, name: str):
+        self.name = name
+        command = [sys.executable, "-m", "lmx.benchmarking.worker", name]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # of a GPU's memory, with the other systems
+        self._process = subprocess.Popen(command, text=True, env=os.environ | shared, **pipes)
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """What the worker answers.
+
+        Raises:
+          LmxError: it could not do it, or is gone.
+        """
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise LmxError(f"the process of {self.name} ended with status {self._process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise LmxError(answer["error"])
+        return answer
+
+    def end(self) -> None:
+        """Ends the worker."""
+        self._process.kill()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def systems(names: Sequence[str]) -> Iterator[dict[str, System]]:
+    """Workers by name; one that cannot start is an error when it is asked."""
+    started = {name: System(name) for name in names}
+    try:
+        yield started
+    finally:
+        for system in started.values():
+            system.end()
+
+
+def matmul_peak(workers: dict[str, System], platform: str) -> float:
+    """The highest rate in FLOP/s at which any of the systems multiplies two large square matrices here."""
+    rates = []
+    for size, dtype in MATMULS[platform]:
+        for worker in workers.values():
+            with contextlib.suppress(LmxError):
+                rates.append(worker.ask("matmul", size=size, dtype=dtype, times=5)["rate"])
+    return max(rates)
+
+
+def measure(
+    suite: str, platform: str, case: Case, workers: dict[str, System], tell: Callable[[str], Any] = lambda text: None
+) -> Measured:
+    """Lets all systems of a case take turns at it."""
+    opened, errors = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in case.systems:
+            tell(f"{case.name}: {name} gets ready")
+            try:
+                where = {"suite": suite, "platform": platform, "name": case.name, "folder": folder}
+                opened[name] = workers[name].ask("open", **where)
+            except LmxError as error:
+                errors[name] = str(error)
+        seconds: dict[str, list[float]] = {name: [] for name in opened}
+        first: dict[str, list[float]] = {name: [] for name in opened}
+        start, (fewest, most) = time.perf_counter(), ROUNDS
+        for turn in range(most):
+            if turn >= fewest and time.perf_counter() - start > SECONDS:
+                break
+            tell(f"{case.name}: turn {turn + 1}")
+            for name in opened:
+                seconds[name] += workers[name].ask("run", times=1)["seconds"]
+                if case.kind == "generation" and turn < fewest:
+                    first[name] += workers[name].ask("run", times=1, first_token=True)["seconds"]
+        timings = {
+            name: Timing(seconds[name], first[name], peak=workers[name].ask("close")["peak"], **found)
+            for name, found in opened.items()
+        }
+    return Measured(case, timings, errors)

@@ -1,0 +1,97 @@
+"""The work of each case, done by lmx."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from lmx.benchmarking.batches import random_batch
+from lmx.benchmarking.cases import Case
+from lmx.benchmarking.work import BATCH, Work, prompts_of
+from lmx.generation.decode import generate
+from lmx.interop.pretrained import load_params, open_checkpoint
+from lmx.interop.writing import save_pretrained
+from lmx.parallel.sharding import put_batch
+from lmx.planning.program import abstract_batch, abstract_experiment
+from lmx.planning.targets import HERE, open_target
+from lmx.training.experiment import Experiment
+from lmx.training.initial import initial_state
+from lmx.training.loop import compiled_train_step
+
+
+def open_work(case: Case, folder: Path, system: str) -> Work:
+    """Gets ready for the work of a case; the first to come writes the model to ``folder`` for all others."""
+    experiment = abstract_experiment(case.config, open_target(HERE))
+    state, _ = initial_state(experiment, experiment.optimizer(), None, Console(quiet=True))
+    if not (folder / "config.json").exists():
+        save_pretrained(folder, experiment.config.model, state.params, {})
+    if case.kind == "training":
+        shapes = {name: x.shape for name, x in abstract_batch(experiment).items()}
+        batch = random_batch(case.config, shapes, case.documents)
+        np.savez(folder / BATCH, **batch)
+        return _training(experiment, state, batch)
+    if case.kind == "generation":
+        params = jax.tree.map(lambda x: x.astype(case.config.model.dtype), state.params)
+        return _generation(case, experiment, params)
+    return Work(lambda: _load(folder, experiment))
+
+
+def peak_memory() -> float | None:
+    """Most bytes that the device has held; none where it does not tell (a CPU: the process does)."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else None
+
+
+def matmul_rate(size: int, dtype: str) -> float:
+    """FLOP/s of one square matrix product."""
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(x))
+    start = time.perf_counter()
+    jax.block_until_ready(product(x))
+    return 2 * size**3 / (time.perf_counter() - start)
+
+
+def about() -> dict[str, str]:
+    """What would have to be the same for the figures to be."""
+    device = jax.devices()[0]
+    cores = str(len(os.sched_getaffinity(0)))
+    return {"platform": device.platform, "device": device.device_kind, "cores": cores, "jax": jax.__version__}
+
+
+def _training(experiment: Experiment, state: Any, batch: dict[str, np.ndarray]) -> Work:
+    batch = put_batch(batch, experiment.mesh)
+    start = time.perf_counter()
+    step = compiled_train_step(experiment, experiment.optimizer(), state).lower(state, batch).compile()
+    compiling = time.perf_counter() - start
+    held = [state]
+
+    def run() -> float:
+        held[0], metrics = step(held[0], batch)
+        total, weight = jax.device_get(metrics["loss"])
+        return float(total / weight)
+
+    flops = 3 * experiment.config.train.global_batch_size * experiment.row_tokens_and_flops()[1]
+    return Work(run, {"compile": compiling, "flops": flops})
+
+
+def _generation(case: Case, experiment: Experiment, params: Any) -> Work:
+    prompts = prompts_of(case)
+
+    def run(new_tokens: int = case.new_tokens) -> int:
+        found = generate(experiment.model, params, prompts, max_new_tokens=new_tokens)
+        return sum(map(len, found))
+
+    return Work(run, first_token=lambda: run(1))
+
+
+def _load(folder: Path, experiment: Experiment) -> float:
+    model, tensors = open_checkpoint(folder)
+    params, _ = load_params(folder, model, tensors, model, experiment.layout, "float32", 0)
+    jax.block_until_ready(params)
+    return 0.0

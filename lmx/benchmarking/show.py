@@ -1,0 +1,182 @@
+"""What was measured, as a table, as JSON and as a page with a picture."""
+
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lmx.benchmarking.cases import SYSTEMS
+from lmx.benchmarking.measure import Measured, Timing
+from lmx.benchmarking.work import PROMPT
+from lmx.training.report import write_page
+
+MIB = 2**20
+RESULTS = {"training": "nats", "generation": "tokens", "loading": ""}  # what a case's first turn gave
+
+
+class Results:
+    """All that a suite has measured so far.
+
+    Attributes:
+      suite: its name.
+      about: the machine and versions, by name.
+      peak: measured FLOP/s of the machine's matrix products.
+      measured: the cases.
+    """
+
+    def __init__(self, suite: str, about: dict[str, str], peak: float):
+        self.suite, self.about, self.peak = suite, about, peak
+        self.measured: list[Measured] = []
+
+    def utilization(self, found: Measured, timing: Timing) -> float | None:
+        """FLOPs of the model over what the machine could have done in that time, by the measured peak."""
+        return found.flops / timing.median / self.peak if found.flops else None
+
+    def against(self, found: Measured) -> float | None:
+        """How many times as long lmx takes as at the case that this one is compared with."""
+        other = next((one for one in self.measured if one.case.name == found.case.against), None)
+        if other is None or "lmx" not in found.timings or "lmx" not in other.timings:
+            return None
+        return found.timings["lmx"].median / other.timings["lmx"].median
+
+    def rows(self) -> list[dict[str, Any]]:
+        """As ``--json`` has it: every row a name, a value and its unit; a ratio above 1 says that lmx is faster."""
+        rows = [{"name": "matmul peak", "value": self.peak, "unit": "FLOP/s"}]
+        for found in self.measured:
+            name = found.case.name
+            for system, timing in found.timings.items():
+                rows += [
+                    {"name": f"{name}: {system}", "value": timing.median, "unit": "s", "seconds": timing.seconds},
+                    {"name": f"{name}: {system}, spread", "value": timing.spread, "unit": ""},
+                    {"name": f"{name}: {system}, peak memory", "value": timing.peak, "unit": "bytes"},
+                    {"name": f"{name}: {system}, ready", "value": timing.ready, "unit": "s"},
+                    {"name": f"{name}: {system}, result", "value": timing.result, "unit": RESULTS[found.case.kind]},
+                ]
+                if timing.compile is not None:
+                    rows.append({"name": f"{name}: {system}, compile", "value": timing.compile, "unit": "s"})
+                if timing.first_token:
+                    rows.append(
+                        {
+                            "name": f"{name}: {system}, first token",
+                            "value": statistics.median(timing.first_token),
+                            "unit": "s",
+                        }
+                    )
+                if (part := self.utilization(found, timing)) is not None:
+                    rows.append({"name": f"{name}: {system}, MFU", "value": part, "unit": ""})
+            rows += [{"name": f"{name}: {system}", "value": None, "unit": why} for system, why in found.errors.items()]
+            if found.ratio is not None:
+                rows.append({"name": f"{name}: ratio", "value": found.ratio, "unit": "", "ratio": found.ratio})
+                rows[-1]["goal"] = found.case.goal
+            if (longer := self.against(found)) is not None:
+                rows.append({"name": f"{name} to {found.case.against}", "value": longer, "unit": "", "ratio": longer})
+                rows[-1]["goal"] = found.case.at_most
+        return rows
+
+    def write_json(self, path: str | Path) -> None:
+        """Writes everything that was measured."""
+        content = {"suite": self.suite, "machine": self.about, "rows": self.rows()}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def machine(versions: dict[str, str]) -> dict[str, str]:
+    """What the figures belong to: the processor, the system, and versions."""
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return {"processor": processor, "python": platform.python_version(), "system": platform.platform(), **versions}
+
+
+def print_table(results: Results, console: Console) -> None:
+    """Prints a line a system and case; the fastest peer is what lmx's ratio is over."""
+    table = Table("work", "system", "time", "±", "ratio", "MFU", "memory", "ready", box=None, header_style="bold")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for found in results.measured:
+        for number, (system, timing) in enumerate(found.timings.items()):
+            part = results.utilization(found, timing)
+            table.add_row(
+                found.case.name if number == 0 else "",
+                system,
+                seconds(timing.median),
+                f"{timing.spread:.0%}",
+                _ratio(found) if system == "lmx" else "",
+                "" if part is None else f"{part:.0%}",
+                f"{timing.peak / MIB:,.0f} MiB",
+                seconds(timing.ready),
+            )
+            if timing.first_token:
+                rate = timing.result / timing.median
+                table.add_row(
+                    "",
+                    "",
+                    "",
+                    "",
+                    "",
+                    "",
+                    f"{rate:,.0f} tokens/s",
+                    f"first {seconds(statistics.median(timing.first_token))}",
+                )
+        for system, why in found.errors.items():
+            table.add_row("", system, f"[red]{escape(why)[:60]}[/]")
+        if (longer := results.against(found)) is not None:
+            goal = found.case.at_most
+            table.add_row("", f"to {found.case.against}", f"x {longer:.2f}", "", _met(longer <= goal, f"≤ {goal}"))
+    console.print(table)
+    console.print(
+        f"ratio: time of the fastest other system by lmx's, above 1 lmx is faster. MFU: FLOPs of the model's matrix "
+        f"products (training 3 x forward; lmx.models.flops) by time and the measured peak of a matrix product here, "
+        f"{results.peak / 1e9:,.0f} GFLOP/s. Generation continues prompts of {PROMPT} tokens.",
+        highlight=False,
+    )
+    for system, meaning in SYSTEMS.items():
+        console.print(f"{system}: {meaning}", highlight=False)
+
+
+def write_html(path: str | Path, results: Results) -> None:
+    """Writes a page with a bar for every time, and all numbers."""
+    bars = "".join(map(_bars, results.measured))
+    rows = "".join(
+        f"<tr><td>{escape(row['name'])}</td><td>{row['value']:,.4g}</td><td>{escape(row['unit'])}</td></tr>"
+        for row in results.rows()
+        if row["value"] is not None
+    )
+    parts = [f"<h2>Time</h2>{bars}", f'<h2>Numbers</h2><div class="card"><table>{rows}</table></div>']
+    write_page(Path(path), f"lmx bench, suite {results.suite}", " · ".join(results.about.values()), parts)
+
+
+def seconds(value: float) -> str:
+    """A time to read."""
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def _bars(found: Measured) -> str:
+    longest, bars = max((timing.median for timing in found.timings.values()), default=1.0), []
+    for number, (system, timing) in enumerate(found.timings.items()):
+        width, y = 460 * timing.median / longest, 22 * number
+        bars.append(f'<rect x="0" y="{y}" width="{width:.1f}" height="16" fill="var(--series-{number})"/>')
+        bars.append(f'<text x="{width + 6:.1f}" y="{y + 13}">{system} {seconds(timing.median)}</text>')
+    height = 22 * len(found.timings)
+    picture = f'<svg viewBox="0 0 640 {height}" role="img">{"".join(bars)}</svg>'
+    return f"<figure><figcaption><strong>{escape(found.case.name)}</strong></figcaption>{picture}</figure>"
+
+
+def _ratio(found: Measured) -> str:
+    if found.ratio is None:
+        return ""
+    goal = found.case.goal
+    return f"{found.ratio:.2f}" if goal is None else f"{found.ratio:.2f} {_met(found.ratio >= goal, f'≥ {goal}')}"
+
+
+def _met(met: bool, goal: str) -> str:
+    return f"[{'green' if met else 'red'}]({goal})[/]"
+
+
+def _cpuinfo() -> Sequence[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else ()

@@ -1,0 +1,128 @@
+"""The work of each case, done by PyTorch and transformers: the strongest setting that we know of.
+
+Scaled dot-product attention by PyTorch's own kernels, the fused AdamW, gradients set to none between steps, and on a
+GPU bfloat16 by autocast over float32 parameters, which is how lmx computes too.
+"""
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from lmx.benchmarking.cases import Case
+from lmx.benchmarking.work import BATCH, Work, prompts_of
+
+transformers.logging.set_verbosity_error()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_work(case: Case, folder: Path, system: str) -> Work:
+    """Gets ready for the work of a case, whose model and batch lmx has left in ``folder``."""
+    if case.kind == "loading":
+        return Work(lambda: float(next(_open(folder).parameters()).sum()))
+    model = _open(folder).to(DEVICE)
+    if case.kind == "generation":
+        return _generation(case, model, system)
+    batch = np.load(folder / BATCH)
+    return _training(case, model, system, {name: torch.tensor(batch[name], device=DEVICE) for name in batch})
+
+
+def peak_memory() -> float | None:
+    """Most bytes that the device has held; none on a CPU."""
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
+
+
+def matmul_rate(size: int, dtype: str) -> float:
+    """FLOP/s of one square matrix product."""
+    x = torch.ones((size, size), dtype=getattr(torch, dtype), device=DEVICE)
+    _wait(x @ x)
+    start = time.perf_counter()
+    _wait(x @ x)
+    return 2 * size**3 / (time.perf_counter() - start)
+
+
+def about() -> dict[str, str]:
+    """What would have to be the same for the figures to be."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _open(folder: Path) -> torch.nn.Module:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    architecture = getattr(transformers, config.architectures[0])
+    return architecture.from_pretrained(folder, config=config, attn_implementation=_attention(architecture))
+
+
+def _attention(architecture: Any) -> str:
+    return "sdpa" if architecture._supports_sdpa else "eager"
+
+
+def _training(case: Case, model: torch.nn.Module, system: str, batch: dict[str, torch.Tensor]) -> Work:
+    optimized = case.config.optimizer
+    settings = {"betas": (optimized.b1, optimized.b2), "eps": optimized.epsilon, "fused": True}
+    settings |= {"lr": optimized.learning_rate, "weight_decay": optimized.weight_decay}
+    optimizer = torch.optim.AdamW(model.train().parameters(), **settings)
+    inputs, targets = _inputs(case, batch)
+
+    def loss_of(**inputs: torch.Tensor) -> torch.Tensor:
+        logits = model(**inputs).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100)
+
+    compute = torch.compile(loss_of) if system == "compiled" else loss_of
+    half = case.config.model.dtype == "bfloat16"
+
+    def run() -> float:
+        with torch.autocast(DEVICE, torch.bfloat16) if half else contextlib.nullcontext():
+            loss = compute(**inputs)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optimized.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return Work(run)
+
+
+def _inputs(case: Case, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What the model is called with, and the targets, -100 where nothing is predicted."""
+    two = case.config.model.architecture == "encoder_decoder"
+    prefix = "decoder_" if two else ""
+    targets = torch.where(batch[f"{prefix}weights"] > 0, batch[f"{prefix}targets"].long(), -100).flatten()
+    if two:
+        names = {"input_ids": "encoder_tokens", "decoder_input_ids": "decoder_tokens"}
+        return {name: batch[ours].long() for name, ours in names.items()} | {"use_cache": False}, targets
+    inputs = {"input_ids": batch["tokens"].long()}
+    if case.config.model.architecture == "decoder":
+        inputs["use_cache"] = False
+    if case.documents != "whole":
+        segments = batch["segments"]
+        inputs["position_ids"] = batch["positions"].long()
+        inputs["attention_mask"] = (segments > 0).long()
+        if case.documents == "packed":
+            same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+            inputs["attention_mask"] = torch.where(same[:, None], 0.0, torch.finfo(torch.float32).min)
+    return inputs, targets
+
+
+def _generation(case: Case, model: torch.nn.Module, system: str) -> Work:
+    half = case.config.model.dtype == "bfloat16"
+    model = (model.to(torch.bfloat16) if half else model).eval()
+    prompts = torch.tensor(prompts_of(case), device=DEVICE)
+    settings = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    if system == "compiled":
+        model.forward = torch.compile(model.forward)
+        settings["cache_implementation"] = "static"
+
+    @torch.inference_mode()
+    def run(new_tokens: int = case.new_tokens) -> int:
+        found = model.generate(prompts, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **settings)
+        return found[:, prompts.shape[1] :].numel()
+
+    return Work(run, first_token=lambda: run(1))
+
+
+def _wait(x: torch.Tensor) -> None:
+    x[0, 0].item()

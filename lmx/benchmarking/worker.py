@@ -1,0 +1,96 @@
+"""One system in a process of its own: it does what it is told, a line of JSON at a time.
+
+So the threads of one library are not in the other's way, the systems can take turns at the same work, and each one's
+memory is its own.
+"""
+
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lmx.benchmarking.cases import cases
+from lmx.benchmarking.work import Work
+
+RESET_PEAK = "5"  # proc(5), clear_refs: the peak of resident memory starts afresh
+
+
+@dataclasses.dataclass
+class Worker:
+    """A system, and the work that it has ready."""
+
+    system: str
+    side: Any
+    work: Work | None = None
+
+    def open(self, suite: str, platform: str, name: str, folder: str) -> dict[str, Any]:
+        """Gets a case ready and does it once."""
+        reset_peak()
+        case = next(case for case in cases(suite, platform) if case.name == name)
+        start = time.perf_counter()
+        self.work = self.side.open_work(case, Path(folder), self.system)
+        result = self.work.run()
+        return {"result": result, "ready": time.perf_counter() - start, **self.work.facts}
+
+    def run(self, times: int, first_token: bool = False) -> dict[str, Any]:
+        """Seconds of each time."""
+        work, seconds = self.work.first_token if first_token else self.work.run, []
+        for _ in range(times):
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        return {"seconds": seconds}
+
+    def close(self) -> dict[str, Any]:
+        """The most memory that the case took."""
+        peak = self.side.peak_memory() or resident_peak()
+        self.work = None
+        gc.collect()
+        return {"peak": peak}
+
+    def about(self) -> dict[str, Any]:
+        """Versions, and what the system computes on."""
+        return self.side.about()
+
+    def matmul(self, size: int, dtype: str, times: int) -> dict[str, Any]:
+        """FLOP/s of a matrix product, the best of some."""
+        return {"rate": max(self.side.matmul_rate(size, dtype) for _ in range(times))}
+
+
+def reset_peak() -> None:
+    """Lets the peak of this process's memory start from now, where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+    except OSError:
+        pass
+
+
+def resident_peak() -> float:
+    """Most bytes of memory that this process has had since :func:`reset_peak`, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    """Answers until its input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    system = sys.argv[1]
+    worker = Worker(system, importlib.import_module(f"lmx.benchmarking.{'ours' if system == 'lmx' else 'theirs'}"))
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            answer = getattr(worker, asked.pop("do"))(**asked)
+        except Exception as error:  # the other systems and cases go on
+            worker.work = None
+            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
