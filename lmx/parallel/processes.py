@@ -1,7 +1,9 @@
 """One run as several processes: found in the environment or told, each with its part of the data, stopped together."""
 
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -141,20 +143,49 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def ends_with_peers(workdir: str | os.PathLike) -> Iterator[None]:
-    """Ends this process, with a message and status :data:`PEER_LOST`, when another one of the run has gone."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if not _is_lost_peer(error):
-            raise
-        first = str(error).splitlines()[0][:200]
+    """Ends this process, with a message and status :data:`PEER_LOST`, when another one of the run has gone.
+
+    Mostly a collective breaks at once. Where this process waits for something else (a checkpoint that all of them
+    write), or the coordinator is gone, JAX's runtime aborts it instead.
+    """
+
+    def end(reason: str) -> None:
         print(
-            f"error: process {jax.process_index()} of {jax.process_count()} lost another one of this run ({first}). "
+            f"error: process {jax.process_index()} of {jax.process_count()} lost another one of this run ({reason}). "
             f"Checkpoints are in {workdir}; start all processes again with the same command to go on from the newest.",
             file=sys.stderr,
             flush=True,
         )
         os._exit(PEER_LOST)  # an orderly end would wait for the process that is gone
+
+    if jax.process_count() > 1:
+        _call_when_aborted(lambda: end("or was aborted for what stands above"))
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        end(str(error).splitlines()[0][:200])
+
+
+def _call_when_aborted(action: Callable[[], Any]) -> None:
+    """Calls ``action`` in the thread that aborts this process, before it ends.
+
+    The runtime aborts from a thread of its own. A handler of Python's module ``signal`` would have to wait for the main
+    thread, which comes too late; one of C's runs where ``abort`` is called.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handler(number: int) -> None:
+        action()
+
+    _KEPT.append(handler)
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+
+
+_KEPT: list[Any] = []  # handlers, which C does not keep
 
 
 def _is_lost_peer(error: Exception) -> bool:

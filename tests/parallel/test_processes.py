@@ -1,6 +1,8 @@
 """What the environment says of other processes, and which part of a batch each one loads."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -107,3 +109,18 @@ def test_rows_that_overlap_in_part_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     with pytest.raises(ConfigError, match="overlap in part"):
         processes.host_share(mesh([0, 0, 0, 1, 1, 1], data=3, tensor=2))
+
+
+def test_a_process_that_the_runtime_aborts_says_what_to_do(tmp_path):
+    program = tmp_path / "aborted.py"
+    program.write_text(
+        "import os, threading, time, jax\n"
+        "from lmx.parallel import processes\n"
+        "jax.process_count, jax.process_index = lambda: 3, lambda: 1\n"
+        "with processes.ends_with_peers('runs/x'):\n"
+        "    threading.Timer(0.1, os.abort).start()  # as the runtime does: not in the main thread\n"
+        "    time.sleep(60)\n"
+    )
+    ended = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == processes.PEER_LOST
+    assert "process 1 of 3 lost another one of this run" in ended.stderr and "in runs/x;" in ended.stderr
