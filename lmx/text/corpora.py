@@ -199,7 +199,10 @@ def _open_one(spec: str, fields: Sequence[str], tasks: Sequence[str]) -> Source:
     if re.search(rf",\s*({'|'.join(_KINDS)}):", rest):
         raise DataError(f"{spec!r} joins sources with a comma; write SOURCE + SOURCE, with spaces about the plus.")
     body, cut = _split_slice(scheme, rest)
-    records = _read_task(body, tasks) if scheme == "task" else _read(scheme, body, fields)
+    try:
+        records = _read_task(body, tasks) if scheme == "task" else _read(scheme, body, fields)
+    except OSError as error:  # a folder without permission, a name that is too long
+        raise DataError(f"the source {spec[:200]!r} cannot be read: {error.strerror or error}.") from error
     if len(records) == 0:
         raise DataError(f"the source {spec!r} is empty: it holds no text at all. Name a file or a split that does.")
     readers.check_fields(f"the first record of {spec!r}", records[0], fields)

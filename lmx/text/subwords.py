@@ -47,7 +47,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = model
         try:
             self._pieces = pieces = SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # its own errors quote pieces, which may be no text
             raise DataError(f"this is not a SentencePiece model: {error}") from error
         self.lowercase = lowercase
         with damage_is(DataError, "the SentencePiece model"):

@@ -300,7 +300,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     except Exception as error:  # of a file that others may have written: of any kind
         raise DataError(f"{path} is damaged: {error!r}. Save the tokenizer again.") from error
     raise DataError(
-        f"{path} describes a tokenizer of unknown kind {kind!r}{nearest(kind, [*kinds, 'bytes', 'characters'])}"
+        f"{path} describes a tokenizer of unknown kind {kind!r}{nearest(str(kind), [*kinds, 'bytes', 'characters'])}"
     )
 
 
