@@ -64,10 +64,15 @@ def minima(texts: Sequence[str]) -> UInt32[np.ndarray, "documents minima"]:
         from rensa import RMinHash
     except ImportError:
         raise missing_extra("rensa", "prepare", "finding near-duplicates") from None
-    shingles = [ngram_hashes(text.lower().encode(), SHINGLE_WORDS) for text in texts]
+    shingles = [ngram_hashes(_lowered(text), SHINGLE_WORDS) for text in texts]
     bounds = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
     found = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(shingles), bounds, MINIMA, SEED)
     return np.array(found.to_rows(), np.uint32).reshape(len(texts), MINIMA)
+
+
+def _lowered(text: str) -> bytes:
+    """The text in lower case; as bytes it is ten times as fast, and the same where all of it is ASCII."""
+    return text.encode().lower() if text.isascii() else text.lower().encode()
 
 
 def band_keys(

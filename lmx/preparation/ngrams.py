@@ -35,7 +35,9 @@ def mixed(hashes: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
 def _word_hashes(text: bytes) -> np.ndarray:
     """A hash of each word: a polynomial of its bytes, for all words at once by differences of one running sum."""
     letters = np.frombuffer(text, np.uint8)
-    edges = np.flatnonzero(np.diff(letters > SPACE, prepend=False, append=False))
+    inside = np.zeros(len(letters) + 2, bool)
+    np.greater(letters, SPACE, out=inside[1:-1])
+    edges = np.flatnonzero(inside[1:] != inside[:-1])
     starts, ends = edges[::2], edges[1::2]
     powers, inverses = _powers()
     sums = np.zeros(len(letters) + 1, np.uint64)
