@@ -19,7 +19,7 @@ from lmx.kernels.cross_entropy import cross_entropy
 from lmx.parallel.sharding import constrain, current_layout, current_platform
 
 CHUNK_LOGITS = {"cpu": 1 << 22}  # of a chunk on a device; on a CPU about what its caches hold
-CHUNK_LOGITS_ELSEWHERE = 1 << 26  # a product of a thousand rows and more keeps an accelerator busy
+CHUNK_LOGITS_ELSEWHERE = 1 << 25  # a product of a thousand rows and more keeps an accelerator busy
 
 
 @struct.dataclass
@@ -196,16 +196,18 @@ def _scores_and_gradients(scoring, hidden, kernel, bias, targets, weights):
     sums, outputs = jax.lax.scan(body, (jnp.zeros(()), of_kernel, of_bias), (hidden, targets, weights))
     loss, *of_layer = sums
     nll, predicted, of_hidden = outputs
-    of_layer = [None if x is None else x.sum((0, 1)) for x in of_layer]
+    of_layer = [None if x is None else _over_shards(x, like) for x, like in zip(of_layer, (kernel, bias), strict=True)]
     return (loss, nll, predicted), (of_hidden, *of_layer)
+
+
+def _over_shards(x, like):
+    """The sum over the shards of the batch, sent between devices in the type that it is wanted in."""
+    return jax.lax.reduce(x.astype(like.dtype), jnp.zeros((), like.dtype), jax.lax.add, (0, 1))
 
 
 def _scaled(scoring, gradients, cotangents):
     by_loss = cotangents[0]  # nll and predicted are handed out without a gradient
-    of_hidden, of_kernel, of_bias = jax.tree.map(lambda x: x * by_loss.astype(x.dtype), gradients)
-    if of_kernel is not None:
-        of_kernel = of_kernel.astype(of_hidden.dtype)  # which is the kernel's too
-    return of_hidden, of_kernel, of_bias, None, None
+    return *jax.tree.map(lambda x: x * by_loss.astype(x.dtype), gradients), None, None
 
 
 _scores.defvjp(_scores_and_gradients, _scaled, symbolic_zeros=True)
