@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from lmx.kernels.dropout import dropout
+
 
 @struct.dataclass
 class Mask:
@@ -86,8 +88,7 @@ def attention(
     weights = jax.nn.softmax(scores, axis=-1)
     kept = weights
     if dropout_rate > 0.0:
-        keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, weights.shape)
-        kept = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0)
+        kept = dropout(dropout_rng, weights, dropout_rate)
     output = jnp.einsum("bkgqs,bskd->bqkgd", kept.astype(value.dtype), value)
     return output.reshape(query.shape), weights.reshape(batch, heads, length, key.shape[1])
 

@@ -1,5 +1,6 @@
 """One layer: self-attention, cross-attention where there is an encoder, feed-forward; post-norm or pre-norm."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from lmx.model_config import Model
 from lmx.models.attention import Attention, Cache
 from lmx.models.experts import SwitchFeedForward
 from lmx.models.feed_forward import FeedForward
-from lmx.models.layers import Norm
+from lmx.models.layers import Dropout, Norm
 from lmx.parallel.sharding import constrain
 
 
@@ -82,7 +83,7 @@ class Block(nn.Module):
 
     def _parallel(self, sublayers, x, train):
         """``x`` plus all sub-layers of it, each after its own norm."""
-        dropout = nn.Dropout(self.config.dropout, deterministic=not train)
+        dropout = functools.partial(Dropout(self.config.dropout), train=train)
         normed = {name: Norm(self.config, name=name)(x) for name in sublayers}
         x = x + sum(dropout(_among_residuals(sublayer, normed[name])) for name, sublayer in sublayers.items())
         self.sow("intermediates", "mlp_residual", x)
@@ -91,7 +92,7 @@ class Block(nn.Module):
     def _residual(self, norm_name, sublayer, x, train):
         """``x`` plus the sub-layer, with the norm before it or after the sum."""
         norm = Norm(self.config, name=norm_name)
-        dropout = nn.Dropout(self.config.dropout, deterministic=not train)
+        dropout = functools.partial(Dropout(self.config.dropout), train=train)
         if self.config.norm_position == "post":
             x = norm(x + dropout(_among_residuals(sublayer, x)))
         else:

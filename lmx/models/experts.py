@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from lmx.model_config import Model
 from lmx.models.feed_forward import ACTIVATIONS, is_gated
-from lmx.models.layers import Projection, kernel_init, residual_scale
+from lmx.models.layers import Dropout, Projection, kernel_init, residual_scale
 from lmx.parallel.sharding import constrain
 
 
@@ -152,7 +152,7 @@ class SwitchFeedForward(nn.Module):
         else:
             hidden = activation(hidden)
         hidden = constrain(hidden, *names, "mlp")
-        hidden = nn.Dropout(max(config.experts.dropout, config.mlp_dropout), deterministic=not train)(hidden)
+        hidden = Dropout(max(config.experts.dropout, config.mlp_dropout))(hidden, train)
         axes = ("experts", "mlp", "embed")
         output = ExpertProjection(config, config.embed_dim, axes, residual_scale(config), name="out")(hidden)
         return constrain(output, *names, None)

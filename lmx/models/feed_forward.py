@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float
 
 from lmx.model_config import Model
-from lmx.models.layers import Projection, residual_scale
+from lmx.models.layers import Dropout, Projection, residual_scale
 from lmx.parallel.sharding import constrain
 
 ACTIVATIONS = {
@@ -43,7 +43,7 @@ class FeedForward(nn.Module):
         else:
             hidden = activation(hidden)
         hidden = constrain(hidden, "batch", "length", "mlp")
-        hidden = nn.Dropout(config.mlp_dropout, deterministic=not train)(hidden)
+        hidden = Dropout(config.mlp_dropout)(hidden, train)
         scale = residual_scale(config)
         out = Projection(config, (config.embed_dim,), ("mlp", "embed"), init_scale=scale, use_bias=bias, name="out")
         return out(hidden)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from lmx.kernels.linear_cross_entropy import Unembedding
 from lmx.model_config import Model
 from lmx.models.feed_forward import ACTIVATIONS
-from lmx.models.layers import Norm, Projection, UnembeddingKernel
+from lmx.models.layers import Dropout, Norm, Projection, UnembeddingKernel
 
 
 class VocabularyHead(nn.Module):
@@ -91,7 +91,7 @@ class ClassificationHead(nn.Module):
     ) -> Float[Array, "batch classes"]:
         config = self.config
         pooled = Pooler(config, name="pooler")(hidden, segments)
-        pooled = nn.Dropout(config.head_dropout, deterministic=not train)(pooled)
+        pooled = Dropout(config.head_dropout)(pooled, train)
         bias = config.pooler != "none"  # GPT-2's score has none
         logits = Projection(config, (config.num_classes,), ("embed", None), use_bias=bias, name="output")(pooled)
         return logits.astype(jnp.float32)

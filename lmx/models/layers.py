@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lmx.kernels.dropout import dropout
 from lmx.model_config import Model
 from lmx.models.lora import has_adapter
 from lmx.parallel.sharding import constrain
@@ -133,6 +134,16 @@ class Norm(nn.Module):
         if config.norm == "layernorm" and config.use_bias:
             y += self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), (width,))
         return y.astype(config.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout of rng "dropout", while training."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."], train: bool) -> Float[Array, "..."]:
+        return dropout(self.make_rng("dropout"), x, self.rate) if train and self.rate else x
 
 
 class Table(nn.Module):

@@ -15,10 +15,12 @@ from jaxtyping import Array, Float
 
 from lmx.model_config import Model, is_sparse, layer_period
 from lmx.models.block import Block, Context
-from lmx.models.layers import Norm
+from lmx.models.layers import Dropout, Norm
 from lmx.models.positions import RelativeBias
 from lmx.parallel.pipeline import pipelined
-from lmx.parallel.sharding import current_layout
+from lmx.parallel.sharding import current_layout, current_platform
+
+MOST_UNROLLED = 16  # turns of the loop over layers; compiling takes longer with each
 
 REMAT_POLICIES: dict[str, Callable | None] = {
     "full": None,
@@ -74,7 +76,7 @@ class Stack(nn.Module):
             x = self._scanned(x, context) if config.scan_layers else self._unrolled(x, context)
         if config.norm_position == "pre" and config.final_norm:
             x = Norm(config, name="final_norm")(x)
-        x = nn.Dropout(config.final_dropout, deterministic=not context.train)(x)
+        x = Dropout(config.final_dropout)(x, context.train)
         self.sow("intermediates", "output", x)
         return x
 
@@ -83,15 +85,24 @@ class Stack(nn.Module):
         body = Period
         if config.remat != "none":
             body = nn.remat(Period, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        length = self.num_layers // layer_period(config, decoder=self.cross)
         layers = nn.scan(
             body,
             variable_axes={"params": 0, "cache": 0, "intermediates": 0, "experts": 0},
             split_rngs={"params": True, "dropout": True, "jitter": True},
             in_axes=nn.broadcast,
-            length=self.num_layers // layer_period(config, decoder=self.cross),
+            length=length,
+            unroll=length if self._is_better_unrolled(length) else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return layers(config, self.cross, name="layers")(x, context)[0]
+
+    def _is_better_unrolled(self, length):
+        """Whether the loop over layers is to be written out: on a CPU, loops copy what goes in and out of each turn.
+
+        Not where backward computes layers again: outside of a loop the compiler finds out, and keeps them.
+        """
+        return current_platform() == "cpu" and self.config.remat == "none" and length <= MOST_UNROLLED
 
     def _may_be_pipelined(self, context):
         """Whether nothing is asked for but the output: not when parameters are made, nor to decode or look inside."""

@@ -20,7 +20,7 @@ from lmx.model_config import Model
 from lmx.models.attention import Cache
 from lmx.models.block import Context
 from lmx.models.heads import Heads, span_scores
-from lmx.models.layers import Norm, Table
+from lmx.models.layers import Dropout, Norm, Table
 from lmx.models.positions import sinusoidal
 from lmx.models.stack import Stack
 from lmx.parallel.sharding import constrain
@@ -42,7 +42,7 @@ class Embeddings(nn.Module):
             self.token_types = Table(config, config.num_token_types)
         if config.embedding_norm:
             self.norm = Norm(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def __call__(
         self,
@@ -64,7 +64,7 @@ class Embeddings(nn.Module):
         if config.embedding_norm:
             x = self.norm(x)
         x = constrain(x, "batch", "residual_length", None)
-        return self.dropout(x, deterministic=not train)
+        return self.dropout(x, train)
 
 
 class Transformer(nn.Module):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lmx.config import Experts, layer_period
+from lmx.models import stack
 from lmx.models.stack import stack_params, unroll_params
 from lmx.models.transformer import Transformer
 from tests.models.reference import build, example, randomized, small
@@ -135,3 +136,24 @@ def test_full_remat_saves_less_between_forward_and_backward():
         _, pullback = jax.vjp(lambda p, m=model, b=batch: loss(p, m, b), params)
         saved[remat] = sum(leaf.size for leaf in jax.tree.leaves(pullback))
     assert saved["full"] < saved["dots"] < saved["none"]
+
+
+@pytest.mark.parametrize("name", ["experts", "encoder_decoder"])
+def test_a_loop_that_is_written_out_has_the_same_parameters_and_gradients(name, monkeypatch):
+    model, params = build(dataclasses.replace(PATTERNS[name], scan_layers=True))
+    params = randomized(params)
+    batch = example(PATTERNS[name])
+
+    def gradient():
+        return jax.jit(jax.grad(lambda p: loss(p, model, batch)))  # another function each time: nothing is remembered
+
+    looped, written = gradient(), gradient()
+    assert "stablehlo.while" in looped.lower(params).as_text()
+    expected = looped(params)
+    monkeypatch.setattr(stack, "MOST_UNROLLED", 16)
+    jax.clear_caches()
+    assert "stablehlo.while" not in written.lower(params).as_text()
+    found = written(params)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
