@@ -5,7 +5,7 @@ import dataclasses
 from lmx.config import Config, Data, Experts, Mesh, Model, Objective, Optimizer, Tokenizer, Train
 
 SYSTEMS = {
-    "lmx": "lmx",
+    "lmx": "this library, jit on all devices",
     "eager": "PyTorch, transformers, SDPA attention, fused AdamW",
     "compiled": "the same through torch.compile",
 }
@@ -174,8 +174,9 @@ def t5(size: Size, experts: int = 0) -> Config:
         activation="relu",
         scale_logits=True,
         initializer="fan_in",
+        init_scale=0.1 if experts else 1.0,
         embedding_stddev=1.0,
-        experts=Experts(num_experts=experts, every=2, capacity_factor=1.25),
+        experts=Experts(num_experts=experts, every=2, decoder_every=2, first=1, capacity_factor=1.25, jitter=0.0),
     )
 
 

@@ -1,5 +1,6 @@
 """The work of each case, done by lmx."""
 
+import dataclasses
 import os
 import time
 from pathlib import Path
@@ -13,9 +14,11 @@ from rich.console import Console
 from lmx.benchmarking.batches import random_batch
 from lmx.benchmarking.cases import Case
 from lmx.benchmarking.work import BATCH, Work, prompts_of
+from lmx.config import Config, Model
 from lmx.generation.decode import generate
 from lmx.interop.pretrained import load_params, open_checkpoint
 from lmx.interop.writing import save_pretrained
+from lmx.models.experts import expert_capacity
 from lmx.parallel.sharding import put_batch
 from lmx.planning.program import abstract_batch, abstract_experiment
 from lmx.planning.targets import HERE, open_target
@@ -29,7 +32,7 @@ def open_work(case: Case, folder: Path, system: str) -> Work:
     experiment = abstract_experiment(case.config, open_target(HERE))
     state, _ = initial_state(experiment, experiment.optimizer(), None, Console(quiet=True))
     if not (folder / "config.json").exists():
-        save_pretrained(folder, experiment.config.model, state.params, {})
+        save_pretrained(folder, _published(case.config), state.params, {})
     if case.kind == "training":
         shapes = {name: x.shape for name, x in abstract_batch(experiment).items()}
         batch = random_batch(case.config, shapes, case.documents)
@@ -39,6 +42,15 @@ def open_work(case: Case, folder: Path, system: str) -> Work:
         params = jax.tree.map(lambda x: x.astype(case.config.model.dtype), state.params)
         return _generation(case, experiment, params)
     return Work(lambda: _load(folder, experiment))
+
+
+def _published(config: Config) -> Model:
+    """The model as transformers has it: an expert's capacity is a number there, whatever the length of a row."""
+    model, experts = config.model, config.model.experts
+    if not experts.num_experts:
+        return model
+    capacity = expert_capacity(config.data.length, experts.num_experts, experts.capacity_factor)
+    return dataclasses.replace(model, experts=dataclasses.replace(experts, capacity=capacity))
 
 
 def peak_memory() -> float | None:
@@ -91,7 +103,7 @@ def _generation(case: Case, experiment: Experiment, params: Any) -> Work:
 
 
 def _load(folder: Path, experiment: Experiment) -> float:
-    model, tensors = open_checkpoint(folder)
-    params, _ = load_params(folder, model, tensors, model, experiment.layout, "float32", 0)
+    config, tensors = open_checkpoint(folder)
+    params, _ = load_params(folder, config, tensors, experiment.config.model, experiment.layout)
     jax.block_until_ready(params)
     return 0.0

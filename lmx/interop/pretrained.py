@@ -231,7 +231,7 @@ class _Target:
         if not self.stacked:
             return self._one(self.weights[0], read, dtype, self.sharding)
         layer = _layer_sharding(self.sharding, len(self.inner))
-        stack = jax.jit(lambda: jnp.zeros(self.shape, dtype), out_shardings=self.sharding)()
+        stack = jnp.zeros(self.shape, dtype, device=self.sharding)
         for group, weight in enumerate(self.weights):
             stack = _put(stack, self._one(weight, read, dtype, layer), group)
         return jax.block_until_ready(stack)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from lmx.kernels.cross_entropy import cross_entropy
 from lmx.parallel.sharding import constrain, current_layout, current_platform
 
-CHUNK_LOGITS = {"cpu": 1 << 22}  # of a chunk on a device; on a CPU about what its caches hold
+CHUNK_LOGITS = {"cpu": 1 << 24}  # of a chunk on a device; with fewer, products of a few rows are slow
 CHUNK_LOGITS_ELSEWHERE = 1 << 25  # a product of a thousand rows and more keeps an accelerator busy
 
 
