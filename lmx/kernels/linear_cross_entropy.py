@@ -16,10 +16,11 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
 from lmx.kernels.cross_entropy import cross_entropy
-from lmx.parallel.sharding import constrain, current_layout, current_platform
+from lmx.parallel.sharding import constrain, current_layout
 
-CHUNK_LOGITS = {"cpu": 1 << 24}  # of a chunk on a device; with fewer, products of a few rows are slow
-CHUNK_LOGITS_ELSEWHERE = 1 << 25  # a product of a thousand rows and more keeps an accelerator busy
+CHUNK_LOGITS = (
+    1 << 25
+)  # on a device, 128 MiB; with fewer there are more sums of kernels' gradients, and smaller products
 
 
 @struct.dataclass
@@ -75,12 +76,10 @@ def linear_cross_entropy(
       targets: the right ids.
       weights: what each token counts; they get no gradient.
       label_smoothing, z_loss: see :func:`lmx.kernels.cross_entropy.cross_entropy`.
-      chunk_logits: most logits that a device holds at a time, if one place of each of its rows has no more; none: what
-        suits the platform.
+      chunk_logits: most logits that a device holds at a time, if one place of each of its rows has no more; none: 2^25.
     """
     vocab_size = unembedding.kernel.shape[0 if unembedding.tied else 1]
-    limit = chunk_logits or CHUNK_LOGITS.get(current_platform(), CHUNK_LOGITS_ELSEWHERE)
-    chunks = Chunks.of(*targets.shape, vocab_size, limit)
+    chunks = Chunks.of(*targets.shape, vocab_size, chunk_logits or CHUNK_LOGITS)
     scoring = _Scoring(unembedding.tied, label_smoothing, z_loss)
     hidden, targets, weights = map(chunks.split, (unembedding.hidden, targets, weights))
     loss, nll, predicted = _scores(scoring, hidden, unembedding.kernel, unembedding.bias, targets, weights)
@@ -233,5 +232,5 @@ def _likeliest(logits):
     """``argmax``, as two reductions that a CPU can vectorize and a split vocabulary can share."""
     vocab_size = logits.shape[-1]
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    top = jnp.max(logits, axis=-1, keepdims=True)
+    top = jnp.max(logits, axis=-1)[..., None]  # in the loss, too: the compiler finds it once
     return jnp.min(jnp.where(logits == top, ids, vocab_size - 1), axis=-1)
