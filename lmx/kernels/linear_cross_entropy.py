@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int, Shaped
 from lmx.kernels.cross_entropy import cross_entropy
 from lmx.parallel.sharding import constrain, current_layout
 
-CHUNK_LOGITS = (
-    1 << 25
-)  # on a device, 128 MiB; with fewer there are more sums of kernels' gradients, and smaller products
+# Most logits of a chunk on a device, 128 MiB; with fewer, products are smaller and gradients are summed more often.
+CHUNK_LOGITS = 1 << 25
+CHUNK = ("batch", None, "length", None)  # logical names of a chunk's dimensions, but the last
 
 
 @struct.dataclass
@@ -210,8 +210,6 @@ def _scaled(scoring, gradients, cotangents):
 
 
 _scores.defvjp(_scores_and_gradients, _scaled, symbolic_zeros=True)
-
-CHUNK = ("batch", None, "length", None)  # logical names of a chunk's dimensions, but the last
 
 
 def _axes(tied):

@@ -1,13 +1,19 @@
 """The fused last layer against the definition in float64, and what its compiled program holds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
 
+from lmx.config import Mesh
 from lmx.kernels.linear_cross_entropy import Unembedding, linear_cross_entropy, linear_cross_entropy_reference
+from lmx.parallel.sharding import Layout, as_spec, constrain, use_layout
+from lmx.planning.collectives import find_collectives
 
 
 def layer(rng, batch, length, embed, vocab, tied=True, bias=True, dtype=jnp.float32):
@@ -129,3 +135,39 @@ def test_a_frozen_kernel_gets_no_gradient_and_no_work():
     both = with_gradients(linear_cross_entropy, head, targets, weights)[1]
     alone = jax.grad(lambda x: linear_cross_entropy(head.replace(hidden=x), targets, weights).loss)(found["hidden"])
     np.testing.assert_allclose(alone, both[0], rtol=1e-6)
+
+
+MESHES = [
+    {"data": 8},
+    {"fsdp": 4, "tensor": 2},
+    {"fsdp": 2, "sequence": 2, "tensor": 2},
+    {"data": 2, "sequence": 4},
+    {"expert": 2, "stage": 4},
+]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("vocab", [64, 67])  # the second divides over nothing
+def test_any_mesh_gives_the_same_and_sums_the_kernels_gradient_once(sizes, vocab):
+    head, targets, weights = layer(np.random.default_rng(0), 16, 24, 8, vocab, bias=False)
+    layout = Layout.of(Mesh(**({"data": 1} | sizes)), jax.devices())
+
+    def loss(hidden, kernel, function, **options):
+        hidden, kernel = constrain(hidden, "batch", "length", None), constrain(kernel, "vocab", None)
+        return function(Unembedding(hidden, kernel), targets, weights, **options).loss
+
+    expected = jax.value_and_grad(loss, argnums=(0, 1))(head.hidden, head.kernel, linear_cross_entropy_reference)
+    sent = []
+    with use_layout(layout):
+        rows = NamedSharding(layout.mesh, as_spec(layout.activation_axes(("batch", "length", None), head.hidden.shape)))
+        parts = NamedSharding(layout.mesh, as_spec(layout.param_axes(("vocab", "embed"), head.kernel.shape)))
+        placed = jax.device_put(head.hidden, rows), jax.device_put(head.kernel, parts)
+        for function, options in ((linear_cross_entropy_reference, {}), (linear_cross_entropy, {"chunk_logits": 200})):
+            step = functools.partial(loss, function=function, **options)
+            gradient = jax.jit(jax.value_and_grad(step, argnums=(0, 1)), out_shardings=(None, (rows, parts)))
+            compiled = gradient.lower(*placed).compile()
+            found = compiled(*placed)
+            sent.append(sum(one.sent for one in find_collectives(compiled.as_text(), layout.mesh)))
+            for ours, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-5)
+    assert sent[1] <= 1.5 * sent[0]  # with a sum a chunk it would be several times as much
