@@ -50,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--config", metavar="FILE[:VARIANT]", help="experiment file, such as experiments/gpt2.py:124m")
     train.add_argument("--workdir", metavar="DIR", help="where the run is kept; made if it is not there")
+    train.add_argument("--profile", action="store_true", help="trace a few steps, and print what costs most")
     train.add_argument("--help-config", action="store_true", help="list every field of a config and what it means")
     told = train.add_argument_group("several processes", "found by themselves under SLURM, Open MPI, GKE and TPU pods")
     told.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is")

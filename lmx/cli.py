@@ -53,7 +53,8 @@ def _train(args: argparse.Namespace, overrides: list[str], console: Console) -> 
     from lmx.planning.command import explains_out_of_memory
 
     with processes.ends_with_peers(args.workdir), explains_out_of_memory(config, console):
-        result = train(config, args.workdir, console=console if processes.is_first() else Console(quiet=True))
+        console = console if processes.is_first() else Console(quiet=True)
+        result = train(config, args.workdir, console=console, profile=args.profile)
     return 128 + signal.Signals[result.ended] if result.ended.startswith("SIG") else 0
 
 

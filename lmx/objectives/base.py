@@ -110,7 +110,8 @@ class TokenObjective(Objective):
         Of a training mixture also the loss of each source. Beside them, which tokens are right.
         """
         smoothing, z_loss = (self.label_smoothing, self.z_loss) if train else (0.0, 0.0)
-        scores = linear_cross_entropy(head, targets, weights, label_smoothing=smoothing, z_loss=z_loss)
+        with jax.named_scope("cross_entropy"):
+            scores = linear_cross_entropy(head, targets, weights, label_smoothing=smoothing, z_loss=z_loss)
         right, weight = scores.predicted == targets, jnp.sum(weights)
         terms = {"loss": (scores.loss, weight), "accuracy": (jnp.sum(right * weights), weight)}
         return terms | self.by_source(scores.nll, weights, sources), right

@@ -27,6 +27,7 @@ from lmx.training.lock import WorkdirLock
 from lmx.training.metrics import MetricsWriter, Throughput
 from lmx.training.optimizers import eval_params, make_schedule, trainable
 from lmx.training.pending import Pending, means
+from lmx.training.profiling import FOLDER, Profiler
 from lmx.training.progress import Progress, tell_reader
 from lmx.training.report import write_report
 from lmx.training.samples import write_samples
@@ -56,7 +57,14 @@ class Result:
     ended: str
 
 
-def train(config: Config, workdir: str | Path, *, console: Console | None = None, devices: Any = None) -> Result:
+def train(
+    config: Config,
+    workdir: str | Path,
+    *,
+    console: Console | None = None,
+    devices: Any = None,
+    profile: bool = False,
+) -> Result:
     """Trains, or goes on with the run that ``workdir`` holds.
 
     Args:
@@ -64,6 +72,7 @@ def train(config: Config, workdir: str | Path, *, console: Console | None = None
       workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/, tokenizer/, samples.txt, report.html.
       console: where progress is printed.
       devices: what to compute on; none is every device there is.
+      profile: trace a few steps, into ``workdir/profile/``, and print what costs most.
 
     Raises:
       LmxError: bad input (before anything is written), a workdir with another run, or a loss that is
@@ -86,11 +95,11 @@ def train(config: Config, workdir: str | Path, *, console: Console | None = None
             Interrupt() as interrupt,
             Watchdog(config.train.stalled_after, workdir) as watchdog,
         ):
-            run = _Run(experiment, workdir, batches, checkpoints, console, watchdog)
+            run = _Run(experiment, workdir, batches, checkpoints, console, watchdog, profile)
             try:
                 return run.finish(run.loop(interrupt))
             finally:
-                run.writer.close()
+                run.close()
 
 
 def _write_beginning(experiment: Experiment, workdir: Path, console: Console) -> None:
@@ -114,6 +123,7 @@ class _Run:
         checkpoints: Checkpoints,
         console: Console,
         watchdog: Watchdog,
+        profile: bool,
     ):
         config = experiment.config
         self.experiment, self.config, self.workdir = experiment, config, workdir
@@ -125,6 +135,8 @@ class _Run:
         self.pending = Pending(resumed.pending if resumed else ())
         self.step = int(self.state.step)
         self.train_step = compiled_train_step(experiment, optimizer, self.state)
+        if profile:
+            self.train_step = Profiler(self.train_step, workdir / FOLDER, console)
         self.eval_step = compiled_eval_step(experiment, jax.tree.map(lambda x: x.sharding, self.state.params))
         self.writer = MetricsWriter(workdir, resume_step=self.step)
         self.eval_losses = [line["eval/loss"] for line in self.writer.resumed if "eval/loss" in line]
@@ -182,6 +194,12 @@ class _Run:
         self.pending.add(metrics)
         self.step += 1
         self.watchdog.beat(self.step)
+
+    def close(self) -> None:
+        """Ends what writes files."""
+        if isinstance(self.train_step, Profiler):
+            self.train_step.close()
+        self.writer.close()
 
     def _agreed(self, stopped: signal.Signals | None, evaluating: bool) -> signal.Signals | None:
         """The signal that stops the run after this step. Several processes must stop at the same one, so they ask

@@ -82,13 +82,14 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         grads = _filled(trainable, grads, jax.tree.map(jnp.zeros_like, state.params))
         old_opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device) if offload else state.opt_state
-        updates, opt_state = optimizer.update(grads, old_opt_state, state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, old_opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = terms | {
             "grad_norm": (norm, jnp.ones(())),
             "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), jnp.ones(())),
             "packing_efficiency": total(packing_efficiency(batch)),
         }
-        params = optax.apply_updates(state.params, updates)
         if skip_nonfinite:
             finite = jnp.isfinite(jnp.stack([x.astype(jnp.float32) for x in jax.tree.leaves(metrics)])).all()
             before = (state.params, old_opt_state, jax.tree.map(jnp.zeros_like, metrics))
