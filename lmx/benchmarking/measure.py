@@ -145,29 +145,31 @@ def matmul_peak(workers: dict[str, System], platform: str) -> float:
 def measure(
     suite: str, platform: str, case: Case, workers: dict[str, System], tell: Callable[[str], Any] = lambda text: None
 ) -> Measured:
-    """Lets all systems of a case take turns at it."""
-    opened, errors = {}, {}
+    """Lets all systems of a case take turns at it; one that fails is left out from then on."""
+    found: dict[str, dict[str, Any]] = {}
+    errors: dict[str, str] = {}
+
+    def ask(name: str, do: str, /, **arguments: Any) -> dict[str, Any]:
+        try:
+            return workers[name].ask(do, **arguments)
+        except LmxError as error:
+            errors[name] = str(error)
+            return {}
+
     with tempfile.TemporaryDirectory() as folder:
+        where = {"suite": suite, "platform": platform, "name": case.name, "folder": folder}
         for name in case.systems:
             tell(f"{case.name}: {name} gets ready")
-            try:
-                where = {"suite": suite, "platform": platform, "name": case.name, "folder": folder}
-                opened[name] = workers[name].ask("open", **where)
-            except LmxError as error:
-                errors[name] = str(error)
-        seconds: dict[str, list[float]] = {name: [] for name in opened}
-        first: dict[str, list[float]] = {name: [] for name in opened}
+            found[name] = {"seconds": [], "first_token": []} | ask(name, "open", **where)
         start, (fewest, most) = time.perf_counter(), ROUNDS
         for turn in range(most):
             if turn >= fewest and time.perf_counter() - start > SECONDS:
                 break
             tell(f"{case.name}: turn {turn + 1}")
-            for name in opened:
-                seconds[name] += workers[name].ask("run", times=1)["seconds"]
+            for name in [name for name in found if name not in errors]:
+                found[name]["seconds"] += ask(name, "run").get("seconds", [])
                 if case.kind == "generation" and turn < fewest:
-                    first[name] += workers[name].ask("run", times=1, first_token=True)["seconds"]
-        timings = {
-            name: Timing(seconds[name], first[name], peak=workers[name].ask("close")["peak"], **found)
-            for name, found in opened.items()
-        }
-    return Measured(case, timings, errors)
+                    found[name]["first_token"] += ask(name, "run", first_token=True).get("seconds", [])
+        for name in [name for name in found if name not in errors]:
+            found[name] |= ask(name, "close")
+    return Measured(case, {name: Timing(**one) for name, one in found.items() if name not in errors}, errors)

@@ -96,12 +96,11 @@ def print_table(results: Results, console: Console) -> None:
     """Prints every case, a line a system; the fastest peer is what lmx's ratio is over."""
 
     def line(*texts: str) -> None:
-        widths = (10, 10, 6, 14, 6, 12, 10)
-        cells = (text.ljust(width) for text, width in zip(texts, widths, strict=False))
+        widths = (10, 10, 6, 14, 6, 12, 10, 0)
+        cells = (text.ljust(width) for text, width in zip(texts, widths, strict=True))
         console.print("  " + " ".join(cells).rstrip(), highlight=False, soft_wrap=True)
 
-    console.print("[bold]", end="")
-    line("system", "time", "±", "ratio", "MFU", "memory", "ready")
+    line("system", "time", "±", "ratio", "MFU", "memory", "ready", "")
     for found in results.measured:
         console.print(f"[bold]{escape(found.case.name)}[/]", highlight=False)
         for system, timing in found.timings.items():

@@ -22,8 +22,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def open_work(case: Case, folder: Path, system: str) -> Work:
     """Gets ready for the work of a case, whose model and batch lmx has left in ``folder``."""
-    if case.kind == "loading":
-        return Work(lambda: float(next(_open(folder).parameters()).sum()))
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if case.kind == "loading":  # all of it, and not only what a file that is mapped into memory shows so far
+        return Work(lambda: sum(float(parameter.sum()) for parameter in _open(folder).to(DEVICE).parameters()))
     model = _open(folder).to(DEVICE)
     if case.kind == "generation":
         return _generation(case, model, system)

@@ -37,14 +37,12 @@ class Worker:
         result = self.work.run()
         return {"result": result, "ready": time.perf_counter() - start, **self.work.facts}
 
-    def run(self, times: int, first_token: bool = False) -> dict[str, Any]:
-        """Seconds of each time."""
-        work, seconds = self.work.first_token if first_token else self.work.run, []
-        for _ in range(times):
-            start = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - start)
-        return {"seconds": seconds}
+    def run(self, first_token: bool = False) -> dict[str, Any]:
+        """Seconds of one turn."""
+        work = self.work.first_token if first_token else self.work.run
+        start = time.perf_counter()
+        work()
+        return {"seconds": [time.perf_counter() - start]}
 
     def close(self) -> dict[str, Any]:
         """The most memory that the case took."""

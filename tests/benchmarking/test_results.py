@@ -58,8 +58,13 @@ def test_rows_tell_value_unit_ratio_and_goal():
 
 def test_the_table_and_the_page_show_goals_and_errors(tmp_path):
     console = Console(record=True, width=60)
-    print_table(results(), console)
+    shown = results()
+    shown.measured.append(
+        Measured(Case("write", "generation", CONFIG), {"lmx": timing(0.5, 0.5, 0.5, first_token=[0.1])}, {})
+    )
+    print_table(shown, console)
     text = console.export_text()
+    assert "11 tokens/s, first after 100 ms" in text  # 5.5 tokens in half a second
     assert "3.00 (≥ 2.0)" in text and "1.50 x the time of dense (at most 1.25: missed)" in text
     assert "ValueError: [no] such thing" in text and "75%" in text
     write_html(tmp_path / "page.html", results())
@@ -80,22 +85,24 @@ def test_every_case_has_a_name_of_its_own_and_known_systems():
 class Fake:
     """A worker that answers at once."""
 
-    def __init__(self, broken=False):
+    def __init__(self, broken=()):
         self.asked, self.broken = [], broken
 
     def ask(self, do, **arguments):
         self.asked.append(do)
-        if self.broken:
-            raise LmxError("no")
+        if do in self.broken:
+            raise LmxError(f"cannot {do}")
         return {"open": {"result": 1.0, "ready": 2.0}, "run": {"seconds": [0.5]}, "close": {"peak": 7.0}}[do]
 
 
 def test_systems_take_turns_and_one_that_fails_does_not_stop_the_others(monkeypatch):
     monkeypatch.setattr(measure, "SECONDS", 0.0)
-    workers = {"lmx": Fake(), "eager": Fake(), "compiled": Fake(broken=True)}
+    workers = {"lmx": Fake(), "eager": Fake(broken=("run",)), "compiled": Fake(broken=("open",))}
     found = measure.measure("cpu", "cpu", Case("a", "training", CONFIG), workers)
-    assert found.timings["lmx"].seconds == [0.5] * 3 and found.timings["eager"].peak == 7.0
-    assert found.errors == {"compiled": "no"} and workers["eager"].asked == ["open", "run", "run", "run", "close"]
+    assert found.timings.keys() == {"lmx"}
+    assert found.timings["lmx"].seconds == [0.5] * 3 and found.timings["lmx"].peak == 7.0
+    assert workers["lmx"].asked == ["open", "run", "run", "run", "close"]
+    assert found.errors == {"eager": "cannot run", "compiled": "cannot open"} and workers["eager"].asked[1:] == ["run"]
 
 
 def test_a_worker_says_what_went_wrong_and_goes_on():
