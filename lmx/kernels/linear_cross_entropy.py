@@ -193,10 +193,14 @@ def _scores_and_gradients(scoring, hidden, kernel, bias, targets, weights):
     of_kernel = zeros(kernel, *(("vocab", None) if scoring.tied else (None, "vocab"))) if trains else None
     of_bias = None if bias is None or not trains else zeros(bias, "vocab")
     sums, outputs = jax.lax.scan(body, (jnp.zeros(()), of_kernel, of_bias), (hidden, targets, weights))
-    loss, *of_layer = sums
+    loss, of_kernel, of_bias = sums
     nll, predicted, of_hidden = outputs
-    of_layer = [None if x is None else _over_shards(x, like) for x, like in zip(of_layer, (kernel, bias), strict=True)]
-    return (loss, nll, predicted), (of_hidden, *of_layer)
+    if of_kernel is not None:  # until backward uses it, in parts as the parameter is
+        names = ("vocab", "embed") if scoring.tied else ("embed", "vocab")
+        of_kernel = constrain(_over_shards(of_kernel, kernel), *names)
+    if of_bias is not None:
+        of_bias = _over_shards(of_bias, bias)
+    return (loss, nll, predicted), (of_hidden, of_kernel, of_bias)
 
 
 def _over_shards(x, like):

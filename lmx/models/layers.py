@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from lmx.kernels.dropout import dropout
 from lmx.model_config import Model
 from lmx.models.lora import has_adapter
-from lmx.parallel.sharding import constrain
+from lmx.parallel.sharding import gathered
 
 
 def kernel_init(config: Model, num_inputs: int = 1, *, scale: float = 1.0, batched: bool = False):
@@ -95,7 +95,7 @@ class UnembeddingKernel(nn.Module):
         if has_adapter(config, self.path):
             down, up = adapter(self, shape, axes)
             kernel += config.lora.alpha / config.lora.rank * (down @ up)
-        return constrain(kernel.astype(config.dtype), None, "vocab")
+        return gathered(kernel.astype(config.dtype), (None, "vocab"), axes)
 
 
 def adapter(
@@ -158,4 +158,4 @@ class Table(nn.Module):
         init = nn.initializers.normal(self.config.embedding_stddev)
         init = nn.with_logical_partitioning(init, (self.axis, "embed"))
         table = self.param("table", init, (self.rows, self.config.embed_dim)).astype(self.config.dtype)
-        return constrain(table, self.axis, None)
+        return gathered(table, (self.axis, None), (self.axis, "embed"))

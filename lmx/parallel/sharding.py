@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -175,6 +176,22 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, spec)
     padded = jax.lax.with_sharding_constraint(jnp.pad(x, [(0, more) for more in missing]), spec)
     return padded[tuple(slice(size) for size in x.shape)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(x: jax.Array, whole: tuple[str | None, ...], split: tuple[str | None, ...]) -> jax.Array:
+    """A parameter as a layer uses it, with its dimensions split as ``whole`` names them.
+
+    Its gradient is split as ``split`` names them, as soon as it is there: without that it would be kept like the
+    parameter that was used, whole on every device, until the optimizer asks for it.
+    """
+    return constrain(x, *whole)
+
+
+gathered.defvjp(
+    lambda x, whole, split: (constrain(x, *whole), None),
+    lambda whole, split, _, gradient: (constrain(gradient, *split),),
+)
 
 
 def param_shardings(boxed: Any, layout: Layout) -> Any:

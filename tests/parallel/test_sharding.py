@@ -8,7 +8,16 @@ import pytest
 
 from lmx.config import Mesh
 from lmx.errors import ConfigError
-from lmx.parallel.sharding import Layout, as_spec, constrain, like_params, moved_dimensions, param_shardings, use_layout
+from lmx.parallel.sharding import (
+    Layout,
+    as_spec,
+    constrain,
+    gathered,
+    like_params,
+    moved_dimensions,
+    param_shardings,
+    use_layout,
+)
 
 P = jax.P
 
@@ -131,3 +140,19 @@ def test_rules_are_the_configs_to_change():
 def test_a_wrong_rule_says_what_is_wrong(rule, message):
     with pytest.raises(ConfigError, match=message):
         layout((rule,), fsdp=8)
+
+
+def test_a_gathered_parameter_is_whole_where_it_is_used_and_its_gradient_split_at_once():
+    x, y = jnp.arange(32.0 * 16).reshape(32, 16) / 10000, jnp.ones((4, 16))
+    found = layout(fsdp=8)
+
+    def loss(x):
+        table = gathered(x, ("vocab", None), ("vocab", "embed"))
+        return jnp.sum(jnp.sin(y @ table.T))
+
+    expected = jax.grad(loss)(x)
+    with use_layout(found):
+        compiled = jax.jit(jax.grad(loss)).lower(x).compile()
+        gradient = compiled(x)
+    assert compiled.output_shardings.spec == jax.P(None, "fsdp")
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
