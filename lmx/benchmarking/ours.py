@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from lmx.benchmarking.batches import random_batch
 from lmx.benchmarking.cases import Case
@@ -36,7 +37,7 @@ def open_work(case: Case, folder: Path, system: str) -> Work:
     if case.kind == "training":
         shapes = {name: x.shape for name, x in abstract_batch(experiment).items()}
         batch = random_batch(case.config, shapes, case.documents)
-        np.savez(folder / BATCH, **batch)
+        save_file(batch, folder / BATCH)
         return _training(experiment, state, batch)
     if case.kind == "generation":
         params = jax.tree.map(lambda x: x.astype(case.config.model.dtype), state.params)

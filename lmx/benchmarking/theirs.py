@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from lmx.benchmarking.cases import Case
 from lmx.benchmarking.work import BATCH, Work, prompts_of
@@ -29,8 +29,8 @@ def open_work(case: Case, folder: Path, system: str) -> Work:
     model = _open(folder).to(DEVICE)
     if case.kind == "generation":
         return _generation(case, model, system)
-    batch = np.load(folder / BATCH)
-    return _training(case, model, system, {name: torch.tensor(batch[name], device=DEVICE) for name in batch})
+    batch = {name: x.to(DEVICE) for name, x in load_file(folder / BATCH).items()}
+    return _training(case, model, system, batch)
 
 
 def peak_memory() -> float | None:

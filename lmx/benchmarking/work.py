@@ -8,7 +8,7 @@ import numpy as np
 from lmx.benchmarking.cases import Case
 
 PROMPT = 64  # tokens
-BATCH = "batch.npz"  # beside the model, for those who come after
+BATCH = "batch.safetensors"  # beside the model, for those who come after
 
 
 @dataclasses.dataclass
