@@ -29,7 +29,7 @@ def _unicode(text: str) -> str:
 
 def _control(text: str) -> str:
     if text.isascii() and len(text.encode().translate(None, _ASCII_CONTROL)) == len(text):
-        return text  # most texts, and six times as fast as looking for them with the pattern
+        return text  # most texts, and much faster than looking for them with the pattern
     return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text)
 
 

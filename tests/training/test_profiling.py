@@ -1,5 +1,7 @@
 """The trace of a real run tells of the model's own operations."""
 
+import io
+
 import pytest
 from rich.console import Console
 
@@ -29,7 +31,7 @@ def test_names_are_those_of_the_model(op_name, expected):
 
 def profiled(workdir, steps):
     """What a run with a profile prints."""
-    console = Console(record=True, width=200, quiet=False, file=open(workdir.with_suffix(".txt"), "w"))
+    console = Console(record=True, width=200, file=io.StringIO())
     config = read_config_file(QUICKSTART, [f"--config.train.steps={steps}"])
     train(config, workdir, console=console, profile=True)
     return console.export_text()
