@@ -118,7 +118,21 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="draw from the fewest tokens that hold P (1: from all)"
     )
+    generate.add_argument("--num-beams", type=int, default=1, metavar="N", help="follow so many texts at a time (1)")
+    generate.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="of beams: over the length to the power P (1)",
+    )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws")
+    generate.add_argument(
+        "--draft", metavar="DIR", help="a smaller model with the same tokenizer that proposes tokens; the same, sooner"
+    )
+    generate.add_argument("--draft-tokens", type=int, default=4, metavar="N", help="proposed at a time (4)")
+    generate.add_argument("--int8-weights", action="store_true", help="keep kernels and tables in eight bits")
+    generate.add_argument("--int8-cache", action="store_true", help="keep keys and values in eight bits")
 
 
 def _add_predict(predict: argparse.ArgumentParser) -> None:

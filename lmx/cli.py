@@ -105,8 +105,13 @@ def _generate(args: argparse.Namespace, overrides: list[str], console: Console) 
     import lmx
 
     _use_compilation_cache()
-    settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "num_beams", "length_penalty", "seed")
+    settings = {name: getattr(args, name) for name in (*names, "draft_tokens", "int8_cache")}
     model = lmx.load(args.workdir)
+    if args.int8_weights:
+        model = model.quantized()
+    if args.draft:
+        settings["draft"] = lmx.load(args.draft)
     texts = model.generate(args.prompt, **settings)
     for prompt, text in zip(args.prompt, texts, strict=True):
         continued = prompt if model.config.model.architecture == "decoder" else ""

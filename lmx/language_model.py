@@ -18,13 +18,14 @@ from numpy.typing import ArrayLike
 
 from lmx.config import Config
 from lmx.errors import CheckpointError, LmxError
-from lmx.generation.decode import bucket, generate, pad_prompts
+from lmx.generation.generate import Draft, bucket, generate, pad_prompts
 from lmx.inputs import batch_of_ids, padded
 from lmx.interop.adapters import is_adapter
 from lmx.interop.opening import locate, open_published
 from lmx.interop.pretrained import is_pretrained
 from lmx.models.heads import num_params
 from lmx.models.lora import merge_adapters
+from lmx.models.quantized import is_quantized, quantize_params
 from lmx.models.stack import unroll_params
 from lmx.models.transformer import Transformer, init_params
 from lmx.objectives import Objective, make_objective
@@ -152,15 +153,22 @@ class LanguageModel:
         top_k: int = 0,
         top_p: float = 1.0,
         num_beams: int = 1,
+        length_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
         seed: int = 0,
+        draft: "LanguageModel | None" = None,
+        draft_tokens: int = 4,
+        int8_cache: bool = False,
     ) -> str | list[str]:
         """Continues texts (decoder), or answers them (encoder-decoder).
 
         Args:
           prompts: a text, which gives a text, or several, which give a list.
           stop: a text ends before the first of these; so it does with the end-of-sequence token.
-          max_new_tokens, temperature, top_k, top_p, num_beams, seed: see :func:`lmx.generation.decode.generate`.
+          draft: a smaller model with the same tokenizer that proposes ``draft_tokens`` tokens at a time, which this one
+            checks: the same text sooner, or random text of the same distribution.
+          max_new_tokens, temperature, top_k, top_p, num_beams, length_penalty, seed, int8_cache: see
+            :func:`lmx.generation.generate.generate`.
 
         Returns:
           What the model wrote, without the prompt.
@@ -177,6 +185,10 @@ class LanguageModel:
             )
         ids = [self.encode(text) for text in texts]
         pieces = [self.tokenizer.encode(text) for text in stop]
+        if draft is not None and [draft.encode(text) for text in texts] != ids:
+            raise LmxError(
+                "the draft reads the prompt as other tokens than the model; it must have the same tokenizer."
+            )
         answers = generate(
             self.model,
             self.params,
@@ -186,12 +198,15 @@ class LanguageModel:
             top_k=top_k,
             top_p=top_p,
             num_beams=num_beams,
+            length_penalty=length_penalty,
             vocab_size=self.tokenizer.vocab_size if self.tokenizer.vocab_size < self.config.model.vocab_size else None,
             stop_ids=[objective.eos, *(piece[0] for piece in pieces if len(piece) == 1)],
             pad_id=self._pad_id,
             decoder_start_id=objective.start if isinstance(objective, EncoderDecoderObjective) else self._pad_id,
             bidirectional_prompt=isinstance(objective, PrefixLM),
             seed=seed,
+            draft=None if draft is None else Draft(draft.model, draft.params, draft_tokens),
+            int8_cache=int8_cache,
         )
         if isinstance(objective, EncoderDecoderObjective):
             ids = [[] for _ in ids]
@@ -251,6 +266,13 @@ class LanguageModel:
         params, model = merge_adapters(self.params, self.config.model)
         return LanguageModel(dataclasses.replace(self.config, model=model), params, self.tokenizer)
 
+    def quantized(self) -> "LanguageModel":
+        """The same model with its kernels and tables in eight bits: for generating, in a quarter of float32's memory.
+
+        Each output of a kernel and each row of a table has a scale. It cannot be saved; it is soon made again.
+        """
+        return dataclasses.replace(self, params=quantize_params(self.model, self.params))
+
     def save(
         self, path: str | os.PathLike, format: str = "lmx", progress: Callable[[str, int], None] = lambda *_: None
     ) -> None:
@@ -264,8 +286,11 @@ class LanguageModel:
           progress: called with the name and the bytes of each tensor that is written; not for adapters alone.
 
         Raises:
-          LmxError: the folder holds something, or no published family can represent the model or the tokenizer.
+          LmxError: the folder holds something, no published family can represent the model or the tokenizer, or the
+            model is quantized.
         """
+        if is_quantized(self.params):
+            raise LmxError("this model's weights are in eight bits, which is for generating; save the one they are of.")
         save_model(self, Path(path), format, progress)
 
     @property

@@ -160,6 +160,12 @@ class Model:
     embedding_stddev: float = option(0.02, "Standard deviation of token and learned position embeddings.", low=0)
     scale_residual_init: bool = option(False, "Residual projections divided by sqrt(2 num_layers) (GPT-2).")
 
+    attention: str = option(
+        "auto",
+        "Form of attention. auto: the fastest for the hardware, which the run says; flash: a fused kernel (cuDNN, "
+        "Pallas) or an error that says why not; blockwise: in blocks, on any hardware; plain: the formula.",
+        choices=("auto", "flash", "blockwise", "plain"),
+    )
     dtype: str = option("float32", "Compute type; parameters stay float32.", choices=("float32", "bfloat16"))
     scan_layers: bool = option(True, "One compiled layer scanned over stacked parameters, or all unrolled.")
     remat: str = option(

@@ -13,7 +13,7 @@ import pytest
 import lmx
 from lmx.config import Config, from_dict
 from lmx.errors import CheckpointError, LmxError
-from lmx.generation.decode import pad_prompts
+from lmx.generation.generate import pad_prompts
 from lmx.language_model import LanguageModel, _layout
 from lmx.models.heads import num_params
 from lmx.models.stack import unroll_params
@@ -164,8 +164,6 @@ def test_what_does_not_generate_or_classify_says_so():
         make("mlm").generate("a")
     with pytest.raises(LmxError, match="objective 'causal' and is no classifier"):
         make("causal").predict("a")
-    with pytest.raises(LmxError, match="beam search is not available yet"):
-        make("causal").generate("a", num_beams=2)
 
 
 def test_predict_gives_the_label_and_probability_of_the_logits():

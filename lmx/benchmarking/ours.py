@@ -16,7 +16,7 @@ from lmx.benchmarking.batches import random_batch
 from lmx.benchmarking.cases import Case
 from lmx.benchmarking.work import BATCH, Work, prompts_of
 from lmx.config import Config, Model
-from lmx.generation.decode import generate
+from lmx.generation.generate import generate
 from lmx.interop.pretrained import load_params, open_checkpoint
 from lmx.interop.writing import save_pretrained
 from lmx.models.experts import expert_capacity

@@ -75,12 +75,26 @@ def filtered_logits(logits: Float[Array, "batch vocab"], sampling: Sampling) -> 
     return logits
 
 
+def probabilities(logits: Float[Array, "*batch vocab"], sampling: Sampling) -> Float[Array, "*batch vocab"]:
+    """The distribution that a token is drawn from; all of it on the likeliest where that is taken always."""
+    logits, shape = with_tokens(logits, sampling).reshape(-1, logits.shape[-1]), logits.shape
+    if sampling.temperature is None:
+        return jax.nn.one_hot(logits.argmax(-1), shape[-1]).reshape(shape)
+    return jax.nn.softmax(filtered_logits(logits, sampling), axis=-1).reshape(shape)
+
+
+def with_tokens(logits: Float[Array, "*batch vocab"], sampling: Sampling) -> Float[Array, "*batch vocab"]:
+    """The logits, of ids without a token -inf."""
+    if sampling.vocab_size is None:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < sampling.vocab_size, logits, -jnp.inf)
+
+
 def choose(
     logits: Float[Array, "batch vocab"], sampling: Sampling, rngs: Key[Array, " batch"] | None
 ) -> Int[Array, " batch"]:
     """A token a row, the likeliest or a random one; ``rngs`` is a key a row and is not read when greedy."""
-    if sampling.vocab_size is not None:
-        logits = jnp.where(jnp.arange(logits.shape[-1]) < sampling.vocab_size, logits, -jnp.inf)
+    logits = with_tokens(logits, sampling)
     if sampling.temperature is None:
         return logits.argmax(-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(rngs, filtered_logits(logits, sampling)).astype(jnp.int32)

@@ -147,7 +147,9 @@ def body_of(config: Config, folder: Path) -> Config:
     """``config`` with the body of a published checkpoint. Its heads and how it is computed stay its own."""
     (theirs, tensors), ours = open_checkpoint(folder), config.model
     model = model_config(theirs, tensors, ours.heads, ours.num_classes)
-    kept = {name: getattr(ours, name) for name in ("dtype", "remat", "head_dropout", "num_classes", "lora")}
+    kept = {
+        name: getattr(ours, name) for name in ("attention", "dtype", "remat", "head_dropout", "num_classes", "lora")
+    }
     return dataclasses.replace(config, model=dataclasses.replace(model, **kept))
 
 

@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
 from lmx.kernels.cross_entropy import cross_entropy
+from lmx.kernels.int8 import Quantized, dense
 from lmx.parallel.sharding import constrain, current_layout
 
 # Most logits of a chunk on a device, 128 MiB; with fewer, products are smaller and gradients are summed more often.
@@ -29,13 +30,14 @@ class Unembedding:
 
     Attributes:
       hidden: what it reads, in the type that the product is computed in.
-      kernel: [vocab, embed] as a token table has it, or [embed, vocab]; of the same type.
+      kernel: [vocab, embed] as a token table has it, or [embed, vocab]; of the same type, or quantized with a scale
+        for each id.
       bias: added to the logits, in float32.
       tied: the kernel is [vocab, embed].
     """
 
     hidden: Float[Array, "... embed"]
-    kernel: Float[Array, "rows columns"]
+    kernel: Float[Array, "rows columns"] | Quantized
     bias: Float[Array, " vocab"] | None = None
     tied: bool = struct.field(pytree_node=False, default=True)
 
@@ -82,7 +84,8 @@ def linear_cross_entropy(
     chunks = Chunks.of(*targets.shape, vocab_size, chunk_logits or CHUNK_LOGITS)
     scoring = _Scoring(unembedding.tied, label_smoothing, z_loss)
     hidden, targets, weights = map(chunks.split, (unembedding.hidden, targets, weights))
-    loss, nll, predicted = _scores(scoring, hidden, unembedding.kernel, unembedding.bias, targets, weights)
+    kernel = dense(unembedding.kernel, unembedding.hidden.dtype)
+    loss, nll, predicted = _scores(scoring, hidden, kernel, unembedding.bias, targets, weights)
     return TokenScores(loss, *(jax.lax.stop_gradient(chunks.join(x)) for x in (nll, predicted)))
 
 
@@ -222,7 +225,10 @@ def _axes(tied):
 
 
 def _product(hidden, kernel, bias, tied):
-    logits = jnp.einsum(f"...e,{_axes(tied)}->...v", hidden, kernel, preferred_element_type=jnp.float32)
+    values = kernel.values.astype(hidden.dtype) if isinstance(kernel, Quantized) else kernel
+    logits = jnp.einsum(f"...e,{_axes(tied)}->...v", hidden, values, preferred_element_type=jnp.float32)
+    if isinstance(kernel, Quantized):
+        logits *= kernel.scale.reshape(-1)
     return logits if bias is None else logits + bias
 
 

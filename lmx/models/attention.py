@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from lmx.kernels import attention as kernels
 from lmx.kernels.attention import Mask
+from lmx.kernels.int8 import quantize
 from lmx.model_config import Model
 from lmx.models.layers import Norm, Projection, residual_scale
 from lmx.models.positions import rotate
@@ -19,14 +20,36 @@ class Cache:
     """Where decoding stands. Keys and values themselves are the "cache" collection of the attention modules.
 
     Attributes:
-      index: slots filled before this call; its tokens go to the slots from there on.
+      index: slots filled before this call; its tokens go to the slots from there on. None: there is nothing yet but
+        these tokens, which see each other alone.
       segments: 1 for slots that hold, or will hold, a token of the row; 0 for padding before its prompt.
       prefix: 1 for slots that every later one and each other see (prefix LM), or none.
+      int8: keys and values are kept in eight bits, with a scale for each head of a token.
     """
 
-    index: Int[Array, ""]
+    index: Int[Array, ""] | None
     segments: Int[Array, "batch slots"]
     prefix: Int[Array, "batch slots"] | None = None
+    int8: bool = struct.field(pytree_node=False, default=False)
+
+
+def attention_form(config: Model, rows: int, length: int) -> kernels.Choice:
+    """The form that self-attention has in training, on the current layout's devices, for so many rows of a length.
+
+    Raises:
+      ConfigError: ``config.attention`` asks for one that cannot be had.
+    """
+    case = kernels.Case(
+        rows,
+        length,
+        length,
+        config.num_heads,
+        config.head_dim or config.embed_dim // config.num_heads,
+        config.dtype,
+        has_bias=config.position == "relative",
+        has_dropout=config.attention_dropout > 0,
+    )
+    return kernels.choose(config.attention, case)
 
 
 class Attention(nn.Module):
@@ -49,7 +72,7 @@ class Attention(nn.Module):
         *,
         mask: Mask,
         positions: Int[Array, "batch query"],
-        bias: Float[Array, "1 heads query slots"] | None = None,
+        bias: Float[Array, "heads distances"] | None = None,
         cache: Cache | None = None,
         train: bool = False,
     ) -> Float[Array, "batch query embed"]:
@@ -66,19 +89,14 @@ class Attention(nn.Module):
         key, value = self._keys_and_values(context, head_dim, positions, cache)
         names = ("batch", "length", "heads", "head_dim")
         query = constrain(query, *names)
+        scale = head_dim**-0.5 if config.attention_scale == "rsqrt" else 1.0
+        options = {"scale": scale, "window": self.window, "bias": bias}
         rate = config.attention_dropout if train else 0.0
-        output, weights = kernels.attention(
-            query,
-            key,
-            value,
-            mask,
-            scale=head_dim**-0.5 if config.attention_scale == "rsqrt" else 1.0,
-            window=self.window,
-            bias=bias,
-            dropout_rate=rate,
-            dropout_rng=self.make_rng("dropout") if rate else None,
-        )
-        self.sow("intermediates", "weights", weights)
+        rng = self.make_rng("dropout") if rate else None
+        dropout = {"dropout_rate": rate, "dropout_rng": rng}
+        output = kernels.attention(query, key, value, mask, **options, **dropout, implementation=config.attention)
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "weights", kernels.attention_weights(query, key, mask, **options))
         output = constrain(output, *names)
         axes = ("heads", "head_dim", "embed")
         scale, bias = residual_scale(config), self._has_bias("all")
@@ -91,7 +109,7 @@ class Attention(nn.Module):
         return self.config.use_bias if chosen is None else chosen in (least, "all")
 
     def _keys_and_values(self, context, head_dim, positions, cache):
-        """Keys and values of ``context``, or of all slots of the cache once ``context`` has been put there."""
+        """Keys and values of ``context``, or of all slots of the cache once ``context`` has joined what was there."""
         config = self.config
         if self.cross and self.has_variable("cache", "cached_key"):  # the encoder's output does not change
             return self.get_variable("cache", "cached_key"), self.get_variable("cache", "cached_value")
@@ -110,9 +128,18 @@ class Attention(nn.Module):
         return self._cached("cached_key", key, cache), self._cached("cached_value", value, cache)
 
     def _cached(self, name, new, cache):
+        """Stores what is new; returns what the queries read."""
+        kept = quantize(new, (3,)) if cache.int8 else new
         if self.cross:
-            return self.variable("cache", name, lambda: new).value
-        slots = (new.shape[0], cache.segments.shape[1], *new.shape[2:])
-        stored = self.variable("cache", name, jnp.zeros, slots, new.dtype)
-        stored.value = jax.lax.dynamic_update_slice_in_dim(stored.value, new, cache.index, axis=1)
-        return stored.value
+            return self.variable("cache", name, lambda: kept).value
+        first, slots = 0 if cache.index is None else cache.index, cache.segments.shape[1]
+
+        def empty(x):
+            return jnp.zeros((x.shape[0], slots, *x.shape[2:]), x.dtype)
+
+        def put(into, x):
+            return jax.lax.dynamic_update_slice_in_dim(into, x, first, axis=1)
+
+        stored = self.variable("cache", name, lambda: jax.tree.map(empty, kept))
+        stored.value = jax.tree.map(put, stored.value, kept)
+        return new if cache.index is None else stored.value

@@ -22,7 +22,7 @@ class Context:
 
     mask: Mask
     positions: Int[Array, "batch length"]
-    bias: Float[Array, "1 heads length key"] | None = None
+    bias: Float[Array, "heads distances"] | None = None
     encoded: Float[Array, "batch source embed"] | None = None
     cross_mask: Mask | None = None
     cache: Cache | None = None

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from lmx.kernels.dispatch import Places, combine, dispatch
+from lmx.kernels.int8 import Quantized
 from lmx.model_config import Model
-from lmx.models.feed_forward import ACTIVATIONS, is_gated
-from lmx.models.layers import Dropout, Projection, kernel_init, residual_scale
+from lmx.models.feed_forward import activate, is_gated
+from lmx.models.layers import Dropout, Projection, kernel_init, offer_quantized, residual_scale
 from lmx.parallel.sharding import constrain
 
 
@@ -25,6 +27,7 @@ class Routing:
     """Where each token goes.
 
     Attributes:
+      chosen: the experts that each token would be sent to, the first choice first.
       gates: the factor on each expert's output; 0 where the token is not sent, or found the expert full.
       slots: the token's place among those sent to that expert, from 0; -1 where it is not sent or the expert is full.
       load_balance: the paper's equation 4 without alpha, a value a row.
@@ -32,6 +35,7 @@ class Routing:
       dropped: fraction of a row's choices that found their expert full.
     """
 
+    chosen: Int[Array, "batch length k"]
     gates: Float[Array, "batch length experts"]
     slots: Int[Array, "batch length experts"]
     load_balance: Float[Array, " batch"]
@@ -79,6 +83,7 @@ def route(
     mean_probability = (probabilities * real[..., None]).sum(1) / count[:, None]
     log_partition = jax.nn.logsumexp(logits, axis=-1)
     return Routing(
+        chosen=chosen,
         gates=(choices * gates[..., None]).sum(2) * kept,
         slots=(place * kept).astype(jnp.int32) - 1,
         load_balance=num_experts * (fraction * mean_probability).sum(-1),
@@ -103,7 +108,11 @@ class ExpertProjection(nn.Module):
         dtype = jnp.dtype(self.config.dtype)
         init = kernel_init(self.config, scale=self.init_scale, batched=True)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), (experts, inputs, self.features))
-        y = jnp.einsum("bxci,xio->bxco", x, kernel.astype(dtype))
+        offer_quantized(self, kernel, (1,))
+        if isinstance(kernel, Quantized):
+            y = jnp.einsum("bxci,xio->bxco", x, kernel.values.astype(dtype)) * kernel.scale.astype(dtype)
+        else:
+            y = jnp.einsum("bxci,xio->bxco", x, kernel.astype(dtype))
         if self.config.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[0], self.axes[2]))
             y += self.param("bias", init, (experts, self.features)).astype(dtype)[None, :, None]
@@ -132,12 +141,20 @@ class SwitchFeedForward(nn.Module):
         dtype = jnp.dtype(config.dtype)
         x, gates = x.astype(dtype), routing.gates.astype(dtype)
         if capacity:
-            dispatch = jax.nn.one_hot(routing.slots, capacity, dtype=dtype)
-            slots = constrain(jnp.einsum("blxc,ble->bxce", dispatch, x), "batch", None, "capacity", None)
-            output = constrain(self._experts(slots, train), "batch", None, "capacity", None)
-            return jnp.einsum("blxc,bxce->ble", dispatch * gates[..., None], output)
+            return self._through_slots(x, gates, routing, capacity, train)
         every = jnp.broadcast_to(x[:, None], (x.shape[0], config.experts.num_experts, *x.shape[1:]))
         return jnp.einsum("blx,bxle->ble", gates, self._experts(every, train))
+
+    def _through_slots(self, x, gates, routing, capacity, train):
+        """Tokens to the slots of their experts, through those, and back."""
+        experts, names = self.config.experts.num_experts, ("batch", None, "capacity", None)
+        slots, gates = (jnp.take_along_axis(of, routing.chosen, axis=2) for of in (routing.slots, gates))
+        places = Places.of(
+            jnp.where(slots < 0, experts * capacity, routing.chosen * capacity + slots), experts * capacity
+        )
+        sent = dispatch(x, places).reshape(x.shape[0], experts, capacity, -1)
+        output = constrain(self._experts(constrain(sent, *names), train), *names)
+        return combine(output.reshape(x.shape[0], experts * capacity, -1), gates, places)
 
     def _experts(self, slots, train):
         """Each expert's feed-forward network over its slots, which come from where their rows are and go back."""
@@ -146,11 +163,8 @@ class SwitchFeedForward(nn.Module):
         slots = constrain(slots, *names, None)
         axes = ("experts", "embed", "mlp")
         hidden = ExpertProjection(config, config.mlp_dim, axes, name="in")(slots)
-        activation = ACTIVATIONS[config.activation]
-        if is_gated(config):
-            hidden = activation(ExpertProjection(config, config.mlp_dim, axes, name="gate")(slots)) * hidden
-        else:
-            hidden = activation(hidden)
+        gate = ExpertProjection(config, config.mlp_dim, axes, name="gate")(slots) if is_gated(config) else None
+        hidden = activate(config, hidden, gate)
         hidden = constrain(hidden, *names, "mlp")
         hidden = Dropout(max(config.experts.dropout, config.mlp_dropout))(hidden, train)
         axes = ("experts", "mlp", "embed")

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float
 
 from lmx.model_config import Model
-from lmx.models.layers import Dropout, Projection, residual_scale
+from lmx.models.layers import Dropout, Projection, recomputed, residual_scale
 from lmx.parallel.sharding import constrain
 
 ACTIVATIONS = {
@@ -25,6 +25,16 @@ def is_gated(config: Model) -> bool:
     return config.activation in ("geglu", "swiglu")
 
 
+def activate(
+    config: Model, hidden: Float[Array, "*batch mlp"], gate: Float[Array, "*batch mlp"] | None = None
+) -> Float[Array, "*batch mlp"]:
+    """``activation(hidden)``, or ``activation(gate) * hidden`` where there is a gate."""
+    activation = ACTIVATIONS[config.activation]
+    if gate is None:
+        return recomputed(activation)(hidden)
+    return recomputed(lambda gate, hidden: activation(gate) * hidden)(gate, hidden)
+
+
 class FeedForward(nn.Module):
     """``activation(x W_in + b) W_out + b`` (Vaswani et al. 2017, equation 2), or gated (Shazeer 2020)."""
 
@@ -37,11 +47,10 @@ class FeedForward(nn.Module):
         config = self.config
         axes, bias = ("embed", "mlp"), config.mlp_bias
         hidden = Projection(config, (config.mlp_dim,), axes, use_bias=bias, name="in")(x)
-        activation = ACTIVATIONS[config.activation]
+        gate = None
         if is_gated(config):
-            hidden = activation(Projection(config, (config.mlp_dim,), axes, use_bias=bias, name="gate")(x)) * hidden
-        else:
-            hidden = activation(hidden)
+            gate = Projection(config, (config.mlp_dim,), axes, use_bias=bias, name="gate")(x)
+        hidden = activate(config, hidden, gate)
         hidden = constrain(hidden, "batch", "length", "mlp")
         hidden = Dropout(config.mlp_dropout)(hidden, train)
         scale = residual_scale(config)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lmx.kernels.int8 import Quantized
 from lmx.kernels.linear_cross_entropy import Unembedding
 from lmx.model_config import Model
-from lmx.models.feed_forward import ACTIVATIONS
+from lmx.models.feed_forward import activate
 from lmx.models.layers import Dropout, Norm, Projection, UnembeddingKernel
 
 
@@ -20,7 +21,9 @@ class VocabularyHead(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "... embed"], table: Float[Array, "vocab embed"]) -> Unembedding:
+    def __call__(
+        self, hidden: Float[Array, "... embed"], table: Float[Array, "vocab embed"] | Quantized
+    ) -> Unembedding:
         config = self.config
         if config.scale_logits:
             hidden = hidden / math.sqrt(config.embed_dim)
@@ -41,10 +44,12 @@ class MaskedLMHead(nn.Module):
     config: Model
 
     @nn.compact
-    def __call__(self, hidden: Float[Array, "... embed"], table: Float[Array, "vocab embed"]) -> Unembedding:
+    def __call__(
+        self, hidden: Float[Array, "... embed"], table: Float[Array, "vocab embed"] | Quantized
+    ) -> Unembedding:
         config = self.config
         hidden = Projection(config, (config.embed_dim,), ("embed", "head_mlp"), name="dense")(hidden)
-        hidden = Norm(config, name="norm")(ACTIVATIONS[config.activation](hidden))
+        hidden = Norm(config, name="norm")(activate(config, hidden))
         return VocabularyHead(config, use_bias=True, name="vocabulary")(hidden, table)
 
 
@@ -124,5 +129,6 @@ def span_scores(
 
 
 def num_params(params) -> int:
-    """Parameters in a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    """Parameters in a tree of arrays or shapes; of quantized ones not their scales."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+    return sum(math.prod(leaf.shape) for leaf in leaves)

@@ -2,6 +2,7 @@
 names of their axes; all computation is in ``config.dtype``."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmx.kernels.dropout import dropout
+from lmx.kernels.int8 import Quantized, dense, product, quantize
 from lmx.model_config import Model
 from lmx.models.lora import has_adapter
 from lmx.parallel.sharding import gathered
@@ -71,7 +73,8 @@ class Projection(nn.Module):
         shape = x.shape[x.ndim - self.num_inputs :] + self.features
         init = kernel_init(self.config, self.num_inputs, scale=self.init_scale)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
-        y = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=self.num_inputs)
+        offer_quantized(self, kernel, range(self.num_inputs))
+        y = product(x.astype(dtype), kernel, self.num_inputs)
         if self.config.use_bias if self.use_bias is None else self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_inputs :])
             y += self.param("bias", init, self.features).astype(dtype)
@@ -82,19 +85,29 @@ class Projection(nn.Module):
         return y
 
 
+def offer_quantized(module: nn.Module, kernel: Array | Quantized, axes: Iterable[int]) -> None:
+    """Puts a kernel in eight bits into collection "quantized", if that is asked for; ``axes`` are those summed over."""
+    if module.is_mutable_collection("quantized") and not module.is_initializing():
+        name = "kernel" if module.has_variable("params", "kernel") else "table"
+        module.put_variable("quantized", name, quantize(kernel, tuple(axes)))
+
+
 class UnembeddingKernel(nn.Module):
     """The kernel of the last layer, [embed, vocab], with its adapter added to it."""
 
     config: Model
 
     @nn.compact
-    def __call__(self) -> Float[Array, "embed vocab"]:
+    def __call__(self) -> Float[Array, "embed vocab"] | Quantized:
         config, axes = self.config, ("embed", "vocab")
         shape = (config.embed_dim, config.vocab_size)
         kernel = self.param("kernel", nn.with_logical_partitioning(kernel_init(config), axes), shape)
+        offer_quantized(self, kernel, (0,))
         if has_adapter(config, self.path):
             down, up = adapter(self, shape, axes)
-            kernel += config.lora.alpha / config.lora.rank * (down @ up)
+            kernel = dense(kernel, "float32") + config.lora.alpha / config.lora.rank * (down @ up)
+        if isinstance(kernel, Quantized):
+            return kernel
         return gathered(kernel.astype(config.dtype), (None, "vocab"), axes)
 
 
@@ -125,15 +138,27 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... embed"]) -> Float[Array, "... embed"]:
-        config, width = self.config, x.shape[-1]
-        y = x.astype(jnp.float32)
-        if config.norm == "layernorm":
-            y -= y.mean(-1, keepdims=True)
-        y *= jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + config.norm_epsilon)
-        y *= self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (width,))
+        config, shape = self.config, x.shape[-1:]
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), shape)
+        bias = None
         if config.norm == "layernorm" and config.use_bias:
-            y += self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), (width,))
-        return y.astype(config.dtype)
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,)), shape)
+
+        def normalized(x, scale, bias):
+            y = x.astype(jnp.float32)
+            if config.norm == "layernorm":
+                y -= y.mean(-1, keepdims=True)
+            y *= jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + config.norm_epsilon)
+            y *= scale
+            return (y if bias is None else y + bias).astype(config.dtype)
+
+        return recomputed(normalized)(x, scale, bias)
+
+
+def recomputed(function: Callable) -> Callable:
+    """``function``, of which only the arguments are kept for the backward pass: what is soon computed again but would
+    take room, and time to write and read, until then."""
+    return jax.checkpoint(function, prevent_cse=False)
 
 
 class Dropout(nn.Module):
@@ -154,8 +179,11 @@ class Table(nn.Module):
     axis: str | None = None
 
     @nn.compact
-    def __call__(self) -> Float[Array, "rows embed"]:
+    def __call__(self) -> Float[Array, "rows embed"] | Quantized:
         init = nn.initializers.normal(self.config.embedding_stddev)
         init = nn.with_logical_partitioning(init, (self.axis, "embed"))
-        table = self.param("table", init, (self.rows, self.config.embed_dim)).astype(self.config.dtype)
-        return gathered(table, (self.axis, None), (self.axis, "embed"))
+        table = self.param("table", init, (self.rows, self.config.embed_dim))
+        offer_quantized(self, table, (1,))
+        if isinstance(table, Quantized):
+            return table
+        return gathered(table.astype(self.config.dtype), (self.axis, None), (self.axis, "embed"))

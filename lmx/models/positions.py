@@ -78,9 +78,9 @@ def rotary_frequencies(
 
 
 def relative_bucket(
-    distance: Int[Array, "query key"], num_buckets: int, max_distance: int, bidirectional: bool
-) -> Int[Array, "query key"]:
-    """The bucket of ``key place - query place`` (Raffel et al. 2020, section 2.1).
+    distances: Int[Array, "..."], num_buckets: int, max_distance: int, bidirectional: bool
+) -> Int[Array, "..."]:
+    """The bucket of each ``key place - query place`` (Raffel et al. 2020, section 2.1).
 
     Half of the buckets are one distance each; the others grow logarithmically up to ``max_distance``, beyond
     which all share the last. A bidirectional stack uses one half of them for keys after the query; a causal
@@ -89,14 +89,14 @@ def relative_bucket(
     offset = 0
     if bidirectional:
         num_buckets //= 2
-        offset = jnp.where(distance > 0, num_buckets, 0)
-        distance = jnp.abs(distance)
+        offset = jnp.where(distances > 0, num_buckets, 0)
+        distances = jnp.abs(distances)
     else:
-        distance = jnp.maximum(-distance, 0)
+        distances = jnp.maximum(-distances, 0)
     exact = num_buckets // 2
-    ratio = jnp.log(jnp.maximum(distance, 1) / exact) / np.log(max_distance / exact)
+    ratio = jnp.log(jnp.maximum(distances, 1) / exact) / np.log(max_distance / exact)
     large = jnp.minimum(exact + (ratio * (num_buckets - exact)).astype(jnp.int32), num_buckets - 1)
-    return offset + jnp.where(distance < exact, distance, large)
+    return offset + jnp.where(distances < exact, distances, large)
 
 
 class RelativeBias(nn.Module):
@@ -106,16 +106,9 @@ class RelativeBias(nn.Module):
     bidirectional: bool
 
     @nn.compact
-    def __call__(
-        self, query_index: Int[Array, " query"], key_index: Int[Array, " key"]
-    ) -> Float[Array, "1 heads query key"]:
+    def __call__(self, distances: Int[Array, " distances"]) -> Float[Array, "heads distances"]:
         config = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(config.init_stddev), ("heads", None))
         table = self.param("table", init, (config.num_heads, config.relative_buckets))
-        bucket = relative_bucket(
-            key_index[None, :] - query_index[:, None],
-            config.relative_buckets,
-            config.relative_max_distance,
-            self.bidirectional,
-        )
-        return table[None, :, bucket]
+        buckets = config.relative_buckets, config.relative_max_distance
+        return table[:, relative_bucket(distances, *buckets, self.bidirectional)]

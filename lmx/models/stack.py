@@ -67,7 +67,7 @@ class Stack(nn.Module):
         config = self.config
         if config.position == "relative":
             bias = RelativeBias(config, bidirectional=not self.causal, name="relative_bias")
-            context = context.replace(bias=bias(context.mask.query_index, context.mask.key_index))
+            context = context.replace(bias=bias(context.mask.distances()))
         self.sow("intermediates", "embeddings", x)
         layout = current_layout()
         if layout is not None and layout.mesh.shape["stage"] > 1 and self._may_be_pipelined(context):
@@ -88,7 +88,7 @@ class Stack(nn.Module):
         length = self.num_layers // layer_period(config, decoder=self.cross)
         layers = nn.scan(
             body,
-            variable_axes={"params": 0, "cache": 0, "intermediates": 0, "experts": 0},
+            variable_axes={"params": 0, "cache": 0, "intermediates": 0, "experts": 0, "quantized": 0},
             split_rngs={"params": True, "dropout": True, "jitter": True},
             in_axes=nn.broadcast,
             length=length,

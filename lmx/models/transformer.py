@@ -52,15 +52,16 @@ class Embeddings(nn.Module):
         train: bool,
     ) -> Float[Array, "batch length embed"]:
         config = self.config
-        x = self.tokens()[tokens]
+        x = self.tokens()[tokens].astype(config.dtype)
         if config.scale_embeddings:
             x = x * math.sqrt(config.embed_dim)
         if config.position == "learned":
-            x = x + self.positions()[positions + config.position_offset]
+            x = x + self.positions()[positions + config.position_offset].astype(x.dtype)
         elif config.position == "sinusoidal":
             x = x + sinusoidal(positions, config.embed_dim).astype(x.dtype)
         if config.num_token_types:
-            x = x + self.token_types()[jnp.zeros_like(tokens) if token_types is None else token_types]
+            types = jnp.zeros_like(tokens) if token_types is None else token_types
+            x = x + self.token_types()[types].astype(x.dtype)
         if config.embedding_norm:
             x = self.norm(x)
         x = constrain(x, "batch", "residual_length", None)
@@ -161,17 +162,18 @@ class Transformer(nn.Module):
         length = tokens.shape[1]
         causal = stack.causal
         if cache is None:
-            index = jnp.arange(length)
             segments = _segments(batch, prefix)
-            mask = Mask(segments, segments, index, index, batch.get("prefix") if causal else None, causal)
+            whole = f"{prefix}segments" not in batch
+            mask = Mask(segments, segments, None, batch.get("prefix") if causal else None, causal, whole)
+        elif cache.index is None:
+            segments = cache.segments[:, :length]
+            mask = Mask(segments, segments, None, None if cache.prefix is None else cache.prefix[:, :length], causal)
         else:
-            index = cache.index + jnp.arange(length)
-            slots = jnp.arange(cache.segments.shape[1])
             segments = jax.lax.dynamic_slice_in_dim(cache.segments, cache.index, length, axis=1)
-            mask = Mask(segments, cache.segments, index, slots, cache.prefix, causal)
+            mask = Mask(segments, cache.segments, cache.index, cache.prefix, causal)
         positions = batch.get(f"{prefix}positions")
         if positions is None:
-            positions = jnp.broadcast_to(index, tokens.shape)
+            positions = jnp.broadcast_to(mask.query_places(), tokens.shape)
         if self.config.position == "learned" and length > self.config.max_length:
             raise ConfigError(
                 f"a row of {length} tokens does not fit model.max_length ({self.config.max_length}), the positions "
@@ -179,8 +181,8 @@ class Transformer(nn.Module):
             )
         cross_mask = None
         if encoded is not None:
-            source = _segments(batch, "encoder_")
-            cross_mask = Mask(segments, source, index, jnp.arange(source.shape[1]))
+            whole = mask.whole and "encoder_segments" not in batch
+            cross_mask = Mask(segments, _segments(batch, "encoder_"), mask.start, whole=whole)
             encoded = constrain(encoded, "batch", "key_length", None)
         x = self.embeddings(tokens, positions, batch.get("token_types"), train)
         return stack(x, Context(mask, positions, None, encoded, cross_mask, cache, train))

@@ -69,7 +69,9 @@ def abstract_experiment(config: Config, target: Target) -> Experiment:
         data={"labels": config.data.labels or tuple(map(str, range(config.model.num_classes)))},
     )
     objective = make_objective(resolved, tokenizer)
-    return Experiment(resolved, config, tokenizer, objective, Transformer(resolved.model), layout, split)
+    experiment = Experiment(resolved, config, tokenizer, objective, Transformer(resolved.model), layout, split)
+    experiment.attention_forms()  # or the error that says why not
+    return experiment
 
 
 def abstract_batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:

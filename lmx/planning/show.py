@@ -85,6 +85,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         "FLOPs a token": f"{plan.flops_per_token:.3e} forward, {3 * plan.flops_per_token:.3e} training (a multiply-add "
         "is two; of causal attention the half that is seen; lookups in embeddings nothing)",
         "batch": f"{plan.tokens:,} tokens; {experiment.split}",
+        "attention": "; ".join(map(str, experiment.attention_forms())),
         "compiled": f"in {plan.program.seconds:.1f} s" if not plan.target.lacks else _not_compiled(plan),
     }
     for name, value in lines.items():

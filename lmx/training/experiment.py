@@ -15,6 +15,8 @@ from lmx.errors import ConfigError
 from lmx.interop.adapters import is_adapter
 from lmx.interop.opening import body_of, locate
 from lmx.interop.pretrained import is_pretrained
+from lmx.kernels.attention import Choice
+from lmx.models.attention import attention_form
 from lmx.models.flops import forward_flops
 from lmx.models.transformer import Transformer, init_params
 from lmx.objectives import Objective, make_objective
@@ -22,7 +24,7 @@ from lmx.parallel.compile import check_strategy
 from lmx.parallel.mesh import BatchSplit, batch_shards, split_batch
 from lmx.parallel.pipeline import check_pipeline
 from lmx.parallel.processes import host_share
-from lmx.parallel.sharding import Layout
+from lmx.parallel.sharding import Layout, use_layout
 from lmx.text.corpora import Source, open_source, source_names, split_mixture
 from lmx.text.lengths import fitted_records
 from lmx.text.mixing import mixing_shares
@@ -73,6 +75,18 @@ class Experiment:
         """The optimizer for this model's parameters."""
         shapes = nn.meta.unbox(self.abstract_params())
         return make_optimizer(self.config.optimizer, self.config.train.steps, shapes)
+
+    def attention_forms(self) -> list[Choice]:
+        """The forms of attention that rows are computed by, and why not by faster ones.
+
+        Raises:
+          ConfigError: ``model.attention`` asks for one that cannot be had.
+        """
+        rows = self.split.rows_per_device * batch_shards(self.mesh)
+        stacks = {name: length for name, length in self.objective.lengths.items() if name.endswith("tokens")}
+        with use_layout(self.layout):
+            forms = [attention_form(self.config.model, rows, length) for length in stacks.values()]
+        return list(dict.fromkeys(forms))
 
     def row_tokens_and_flops(self) -> tuple[int, float]:
         """Tokens of a row, of both stacks where there are two, and FLOPs of its forward pass."""
@@ -150,7 +164,9 @@ def build(asked: Config, workdir: Path, console: Console, devices: Any = None) -
     tokenizer = _tokenizer(config, workdir, console)
     config = resolve(_with_body(config, workdir, console), tokenizer)
     objective = make_objective(config, tokenizer)
-    return Experiment(config, asked, tokenizer, objective, Transformer(config.model), layout, split)
+    experiment = Experiment(config, asked, tokenizer, objective, Transformer(config.model), layout, split)
+    experiment.attention_forms()
+    return experiment
 
 
 def resolve(config: Config, tokenizer: Any) -> Config:
@@ -224,7 +240,9 @@ def _with_body(config: Config, workdir: Path, console: Console) -> Config:
     if (workdir / "config.json").is_file():  # the run knows; the checkpoint may be gone
         started = read_config(workdir).model
         return config.replace(
-            model=to_dict(config)["model"] | dataclasses.asdict(started) | {"remat": config.model.remat}
+            model=to_dict(config)["model"]
+            | dataclasses.asdict(started)
+            | {"attention": config.model.attention, "remat": config.model.remat}
         )
     folder = _init_folder(source)
     if not is_pretrained(folder):

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from lmx.config import Config
 from lmx.errors import TrainingError
-from lmx.kernels import attention
 from lmx.models.heads import num_params
 from lmx.parallel.compile import axis_name, compile_step
 from lmx.parallel.hardware import hardware_of
@@ -342,7 +341,7 @@ def _print_header(experiment: Experiment, workdir: Path, console: Console) -> No
         "vocabulary": f"{config.model.vocab_size:,} ({type(experiment.tokenizer).__name__})",
         "devices": f"{mesh.size} x {device.device_kind} ({axes}), strategy {config.train.strategy}",
         "batch": str(experiment.split),
-        "attention": attention.describe(device.platform),
+        "attention": "; ".join(map(str, experiment.attention_forms())),
     }
     for name, value in lines.items():
         console.print(f"[bold]{name:>11}[/]  {value}", highlight=False)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lmx.generation.decode import generate
+from lmx.generation.generate import generate
 from lmx.training.experiment import Experiment
 from lmx.training.optimizers import eval_params
 from lmx.training.state import TrainState

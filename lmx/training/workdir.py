@@ -33,6 +33,7 @@ CHANGEABLE = (
     "train.max_rows_per_device",
     "data.num_workers",
     "data.on_change",
+    "model.attention",
     "model.remat",
     "optimizer.offload",
     "mesh.",

@@ -11,7 +11,8 @@ import pytest
 from lmx.config import Experts, Model
 from lmx.errors import LmxError
 from lmx.generation import decode
-from lmx.generation.decode import advance, bucket, generate, pad_prompts, prefill
+from lmx.generation.decode import advance, prefill
+from lmx.generation.generate import _row_keys, bucket, generate, pad_prompts
 from lmx.generation.sampling import make_sampling
 from lmx.models.transformer import Transformer
 
@@ -145,8 +146,8 @@ def test_rows_end_with_their_first_stop_token_and_others_go_on():
 def run_loop(model, params, stops, pad_id):
     tokens, segments = pad_prompts(PROMPTS, 8, 0, left=True)
     logits, decoding = prefill(model, params, tokens, segments, new_slots=8)
-    rules = decode.Rules(make_sampling(), decode._row_keys(0, 3), jnp.asarray(stops), pad_id)
-    return decode._loop(model, params, decode._first(logits, rules, 8), decoding, rules, 8)
+    rules = decode.Rules(make_sampling(), _row_keys(0, 3), jnp.asarray(stops), pad_id)
+    return decode.loop(model, params, decode.first(logits, rules, 8), decoding, rules, 8)
 
 
 def test_the_loop_ends_when_all_rows_have_stopped_and_pads_those_that_did():
@@ -217,7 +218,6 @@ def test_learned_positions_are_filled_to_the_last_and_not_beyond():
     [
         ({"architecture": "encoder", "heads": ("mlm",)}, {}, "encoder reads text and cannot generate"),
         ({"heads": ("classification",)}, {}, "needs the head 'lm'"),
-        ({}, {"num_beams": 4}, "num_beams=4 .* not available yet"),
         ({}, {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({}, {"prompts": [[1], []]}, "a prompt is empty"),
     ],

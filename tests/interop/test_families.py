@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lmx.errors import CheckpointError
-from lmx.generation.decode import generate
+from lmx.generation.generate import generate
 from lmx.interop.families import family_of, head_of
 from lmx.interop.files import open_tensors
 from lmx.interop.pretrained import load_params, model_config, read_config
@@ -203,6 +203,22 @@ def test_greedy_generation_is_identical_with_prompts_of_unequal_length(variant, 
             pad_token_id=0,
         )
     assert ours == theirs[:, 1 if two else longest :].tolist()
+
+
+@pytest.mark.parametrize("penalty", [1.0, 2.0])
+@pytest.mark.parametrize("variant", ["gpt2", "t5"])
+def test_beam_search_finds_the_same_texts(variant, penalty, tmp_path):
+    it = opened(variant, tmp_path)
+    two = it.model.architecture == "encoder_decoder"
+    prompts = np.random.default_rng(5).integers(3, zoo.VOCAB, (3, 7))
+    arguments = {"max_new_tokens": 12, "num_beams": 4, "length_penalty": penalty}
+    end = 11
+    ours = generate(Transformer(it.model), it.params, prompts.tolist(), stop_ids=[end], decoder_start_id=0, **arguments)
+    it.theirs.generation_config.eos_token_id = end
+    with torch.no_grad():
+        theirs = it.theirs.generate(torch.tensor(prompts), do_sample=False, pad_token_id=0, **arguments)
+    theirs = theirs[:, 1 if two else 7 :].tolist()
+    assert ours == [row[: row.index(end) + 1] if end in row else row for row in theirs]
 
 
 @pytest.mark.parametrize("variant", zoo.few(list(zoo.VARIANTS), "bert-mlm", "switch"))

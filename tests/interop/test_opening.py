@@ -14,7 +14,7 @@ import lmx
 from lmx.cli import main
 from lmx.config import Mesh, from_dict, to_dict
 from lmx.errors import CheckpointError, LmxError
-from lmx.generation.decode import generate
+from lmx.generation.generate import generate
 from lmx.interop.pretrained import is_pretrained
 from lmx.language_model import LanguageModel
 from lmx.models.transformer import Transformer

@@ -1,0 +1,108 @@
+"""The training steps of `lmx bench --suite gpu`, compiled for cards that are not here: what their programs hold.
+
+    python -m benchmarks.compiled [--devices v5p:2x2x1 …] [--only TEXT] [--json FILE]
+
+Needs the extra `plan` (Python 3.12 or later) for TPUs and `gpu` for GPUs, and no such device. Each step is compiled
+with the attention that is chosen for the hardware, and with plain attention; rows a device are the same on all.
+Buffers are those between the program's operations, not what an operation goes through inside. What the JSON file
+holds already is not compiled again.
+"""
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from rich.console import Console
+from rich.table import Table
+
+from lmx.benchmarking.cases import Case, cases
+from lmx.planning.program import compile_program
+from lmx.planning.targets import open_target
+
+DEVICES = ("v5p:2x2x1", "v6e:2x2", "h100:1", "h200:1")
+MOST = 0.5  # of plain attention's temporaries
+MIB = 2**20
+CALLS = {"cudnn": r"__cudnn\$fmha\w+", "pallas": r"custom_call_target=\"tpu_custom_call\""}
+
+
+def compiled(case: Case, devices: str, attention: str) -> dict:
+    """What there is to say of a step's program."""
+    target = open_target(devices)
+    rows = case.config.train.global_batch_size * len(target.devices)
+    config = case.config.replace(train={"global_batch_size": rows}, model={"attention": attention})
+    program = compile_program(config, target)
+    text = program.compiled.as_text() if program.compiled else ""
+    return {
+        "attention": "; ".join(map(str, program.experiment.attention_forms())),
+        "seconds": program.seconds,
+        "temporaries": program.compiled.memory_analysis().temp_size_in_bytes if program.compiled else None,
+        "calls": {name: len(re.findall(call, text)) for name, call in CALLS.items()},
+        "squares": squares(text, config.data.length, config.model.vocab_size),
+    }
+
+
+def squares(text: str, length: int, vocab: int) -> list[str]:
+    """The float32 buffers of [length, length] and of [length, vocab] in a program, in whatever order."""
+    found = set()
+    fused = False
+    for line in text.splitlines():
+        if line and not line.startswith(" "):  # a computation begins or ends; the bodies of fusions hold no buffers
+            fused = "fused" in line or "fusion" in line.split("(")[0]
+        shape = re.match(r"\s+(?:ROOT )?%?\S+ = f32\[([\d,]+)\]", line)
+        if fused or not shape:
+            continue
+        sizes = [int(size) for size in shape[1].split(",")]
+        if sizes.count(length) >= 2 or (length in sizes and vocab in sizes):
+            found.add(f"f32[{shape[1]}]")
+    return sorted(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", nargs="+", default=DEVICES)
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their name")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    steps = json.loads(args.json.read_text())["steps"] if args.json and args.json.is_file() else {}
+    training = [case for case in cases("gpu", "gpu") if case.kind == "training" and args.only in case.name]
+    table = Table("step", "devices", "attention", "temporaries, MiB", "with plain", "ratio", "large buffers")
+    for devices in args.devices:
+        for case in training:
+            name = f"{case.name} on {devices}"
+            if name not in steps:
+                steps[name] = {form: compiled(case, devices, form) for form in ("auto", "plain")}
+                _write(args.json, steps)
+            ours, plain = steps[name]["auto"], steps[name]["plain"]
+            table.add_row(
+                case.name,
+                devices,
+                ours["attention"],
+                *(
+                    f"{one['temporaries'] / MIB:,.0f}" if one["temporaries"] else "does not fit"
+                    for one in (ours, plain)
+                ),
+                f"{ours['temporaries'] / plain['temporaries']:.2f}" if plain["temporaries"] else "–",
+                ", ".join(ours["squares"]) or "none",
+            )
+            print(name, json.dumps({"auto": ours, "plain": plain}), flush=True)
+    Console(width=160).print(table)
+
+
+def _write(path: Path | None, steps: dict) -> None:
+    if path is None:
+        return
+    rows = []
+    for name, forms in steps.items():
+        ours, plain = forms["auto"]["temporaries"], forms["plain"]["temporaries"]
+        row = {"name": f"{name}: temporaries", "value": ours, "unit": "bytes"}
+        rows.append(row | ({"ratio": ours / plain, "goal": MOST} if ours and plain else {}))
+        rows.append({"name": f"{name}: large buffers", "value": len(forms["auto"]["squares"]), "unit": ""})
+    path.write_text(json.dumps({"rows": rows, "steps": steps}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
