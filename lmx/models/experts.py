@@ -19,7 +19,7 @@ from lmx.kernels.int8 import Quantized
 from lmx.model_config import Model
 from lmx.models.feed_forward import activate, is_gated
 from lmx.models.layers import Dropout, Projection, kernel_init, offer_quantized, residual_scale
-from lmx.parallel.sharding import constrain
+from lmx.parallel.sharding import constrain, current_layout, current_platform
 
 
 @struct.dataclass
@@ -93,7 +93,8 @@ def route(
 
 
 class ExpertProjection(nn.Module):
-    """``x[:, i] @ kernel[i] + bias[i]`` for every expert i."""
+    """``x[:, i] @ kernel[i] + bias[i]`` for every expert i; or, with ``sizes``, of rows that stand expert by expert,
+    so many each."""
 
     config: Model
     features: int
@@ -102,28 +103,36 @@ class ExpertProjection(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch experts capacity inputs"]
-    ) -> Float[Array, "batch experts capacity outputs"]:
-        _, experts, _, inputs = x.shape
-        dtype = jnp.dtype(self.config.dtype)
-        init = kernel_init(self.config, scale=self.init_scale, batched=True)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), (experts, inputs, self.features))
+        self, x: Float[Array, "*batch inputs"], sizes: Int[Array, " experts"] | None = None
+    ) -> Float[Array, "*batch outputs"]:
+        config, experts = self.config, self.config.experts.num_experts
+        dtype = jnp.dtype(config.dtype)
+        init = kernel_init(config, scale=self.init_scale, batched=True)
+        shape = (experts, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
         offer_quantized(self, kernel, (1,))
+        scale, bias = None, None
         if isinstance(kernel, Quantized):
-            y = jnp.einsum("bxci,xio->bxco", x, kernel.values.astype(dtype)) * kernel.scale.astype(dtype)
-        else:
-            y = jnp.einsum("bxci,xio->bxco", x, kernel.astype(dtype))
-        if self.config.use_bias:
+            kernel, scale = kernel.values, kernel.scale[:, 0].astype(dtype)
+        if config.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[0], self.axes[2]))
-            y += self.param("bias", init, (experts, self.features)).astype(dtype)[None, :, None]
-        return y
+            bias = self.param("bias", init, (experts, self.features)).astype(dtype)
+        if sizes is None:
+            y = jnp.einsum("bxci,xio->bxco", x, kernel.astype(dtype))
+            scale, bias = (None if of is None else of[:, None] for of in (scale, bias))
+        else:
+            y = jax.lax.ragged_dot(x, kernel.astype(dtype), sizes)
+            own = jnp.repeat(jnp.arange(experts), sizes, total_repeat_length=len(x))
+            scale, bias = (None if of is None else of[own] for of in (scale, bias))
+        y = y if scale is None else y * scale
+        return y if bias is None else y + bias
 
 
 class SwitchFeedForward(nn.Module):
     """Sparse feed-forward. Tokens that find their expert full get zero here, and so pass by the residual.
 
-    Without a limit of capacity every expert computes every token, and the gates choose: nothing is dropped, at
-    ``experts / top_k`` times the work.
+    Without a limit of capacity nothing is dropped. On one GPU or TPU the choices are sorted by expert and multiplied in
+    groups; elsewhere every expert computes every token, at ``experts / top_k`` times the work, and the gates choose.
 
     Sows into collection "experts", a value a row: ``load_balance`` and ``router_z`` times their weights (to be
     added to the loss), and ``dropped``.
@@ -142,8 +151,21 @@ class SwitchFeedForward(nn.Module):
         x, gates = x.astype(dtype), routing.gates.astype(dtype)
         if capacity:
             return self._through_slots(x, gates, routing, capacity, train)
+        if _has_grouped_products():
+            return self._grouped(x, gates, routing.chosen, train)
         every = jnp.broadcast_to(x[:, None], (x.shape[0], config.experts.num_experts, *x.shape[1:]))
         return jnp.einsum("blx,bxle->ble", gates, self._experts(every, train))
+
+    def _grouped(self, x, gates, chosen, train):
+        """Every choice through its own expert and no other, sorted by expert (Gale et al. 2022, section 4)."""
+        (batch, length, embed), k = x.shape, chosen.shape[2]
+        experts = chosen.reshape(-1)
+        order = jnp.argsort(experts)  # of choices, expert by expert
+        places = Places(jnp.argsort(order).reshape(1, batch * length, k), order[None])
+        sent = dispatch(x.reshape(1, batch * length, embed), places)[0]
+        output = self._experts(sent, train, jnp.bincount(experts, length=self.config.experts.num_experts))
+        gates = jnp.take_along_axis(gates, chosen, axis=2).reshape(1, batch * length, k)
+        return combine(output[None], gates, places).reshape(x.shape)
 
     def _through_slots(self, x, gates, routing, capacity, train):
         """Tokens to the slots of their experts, through those, and back."""
@@ -156,19 +178,22 @@ class SwitchFeedForward(nn.Module):
         output = constrain(self._experts(constrain(sent, *names), train), *names)
         return combine(output.reshape(x.shape[0], experts * capacity, -1), gates, places)
 
-    def _experts(self, slots, train):
-        """Each expert's feed-forward network over its slots, which come from where their rows are and go back."""
+    def _experts(self, slots, train, sizes=None):
+        """Each expert's feed-forward network over its slots, which come from where their rows are and go back; with
+        ``sizes``, over rows that stand expert by expert on one device."""
         config = self.config
-        names = ("expert_batch", "experts", "capacity")
+        names = ("expert_batch", "experts", "capacity") if sizes is None else (None,)
         slots = constrain(slots, *names, None)
         axes = ("experts", "embed", "mlp")
-        hidden = ExpertProjection(config, config.mlp_dim, axes, name="in")(slots)
-        gate = ExpertProjection(config, config.mlp_dim, axes, name="gate")(slots) if is_gated(config) else None
+        hidden = ExpertProjection(config, config.mlp_dim, axes, name="in")(slots, sizes)
+        gate = None
+        if is_gated(config):
+            gate = ExpertProjection(config, config.mlp_dim, axes, name="gate")(slots, sizes)
         hidden = activate(config, hidden, gate)
         hidden = constrain(hidden, *names, "mlp")
         hidden = Dropout(max(config.experts.dropout, config.mlp_dropout))(hidden, train)
         axes = ("experts", "mlp", "embed")
-        output = ExpertProjection(config, config.embed_dim, axes, residual_scale(config), name="out")(hidden)
+        output = ExpertProjection(config, config.embed_dim, axes, residual_scale(config), name="out")(hidden, sizes)
         return constrain(output, *names, None)
 
     def _capacity(self, length, train):
@@ -198,3 +223,10 @@ class SwitchFeedForward(nn.Module):
 
     def _sow(self, name, value):
         self.sow("experts", name, value, init_fn=lambda: 0.0, reduce_fn=lambda _, new: new)
+
+
+def _has_grouped_products() -> bool:
+    """Whether rows can be multiplied in groups of unequal size: on a CPU that goes through all groups for all rows, and
+    no group is split over devices."""
+    layout = current_layout()
+    return current_platform() in ("gpu", "tpu") and (layout is None or layout.mesh.size == 1)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lmx.config import Experts
+from lmx.models import experts
 from lmx.models.experts import SwitchFeedForward, expert_capacity, route
 from lmx.models.feed_forward import FeedForward
 from tests.models.reference import randomized, small, softmax
@@ -76,6 +77,31 @@ def test_without_a_limit_nothing_is_dropped_and_the_result_is_that_of_ample_room
     np.testing.assert_allclose(found, ample, atol=1e-6)
     np.testing.assert_array_equal(state["experts"]["dropped"], 0.0)
     assert np.abs(np.asarray(found)).max() > 1e-3
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_products_in_groups_are_those_of_every_expert(activation, monkeypatch):
+    module, params, x, segments = layer(activation=activation, experts={"top_k": 2, "eval_capacity_factor": 0.0})
+
+    def found(params, x):
+        return (module.apply(params, x, segments) ** 2).sum()
+
+    every = jax.value_and_grad(found, argnums=(0, 1))(params, x)
+    quantized = quantize_kernels(module, params, x, segments)
+    rounded = module.apply(quantized, x, segments)
+    monkeypatch.setattr(experts, "current_platform", lambda: "gpu")
+    assert "ragged_dot" in str(jax.make_jaxpr(found)(params, x))
+    groups = jax.value_and_grad(found, argnums=(0, 1))(params, x)
+    for a, b in zip(jax.tree.leaves(groups), jax.tree.leaves(every), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(module.apply(quantized, x, segments), rounded, rtol=1e-4, atol=1e-5)
+
+
+def quantize_kernels(module, params, x, segments):
+    """The experts' kernels in eight bits."""
+    found = module.apply(params, x, segments, mutable=["quantized"])[1]["quantized"]
+    names = [name for name in found if name != "router"]
+    return {"params": params["params"] | {name: params["params"][name] | found[name] for name in names}}
 
 
 def test_perfect_balance_costs_one():
