@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lmx.parallel.sharding import on_each_devices_rows
+
 
 class Places(NamedTuple):
     """Which choice is in which slot. Choices of a row are numbered token by token: k for the first token, k for ….
@@ -30,7 +32,7 @@ class Places(NamedTuple):
             choices = jnp.arange(slots.size)
             return jnp.full(num_slots + 1, slots.size).at[slots.reshape(-1)].set(choices)[:num_slots]
 
-        return cls(slot_of_choice, jax.vmap(row)(slot_of_choice))
+        return cls(slot_of_choice, on_each_devices_rows(jax.vmap(row), slot_of_choice))
 
 
 def dispatch(x: Float[Array, "batch length embed"], places: Places) -> Float[Array, "batch slots embed"]:
@@ -46,13 +48,16 @@ def combine(
 
 
 def _rows(x: Array, index: Array) -> Array:
-    """``x[index]`` of each row of the batch, and zeros where the index is one beyond."""
+    """``x[index]`` of each row of the batch, and zeros where the index is one beyond.
+
+    Split by hand: of how the compiler would split an indexed read, some ways are slow, and some fail in a pipeline.
+    """
 
     def row(x, index):
         taken = x.at[index].get(mode="clip")
         return jnp.where((index < x.shape[0])[..., None], taken, 0)
 
-    return jax.vmap(row)(x, index)
+    return on_each_devices_rows(jax.vmap(row), x, index)
 
 
 def _token_of_slot(places: Places) -> Array:

@@ -5,13 +5,13 @@ import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmx.config import Mesh
@@ -176,6 +176,27 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, spec)
     padded = jax.lax.with_sharding_constraint(jnp.pad(x, [(0, more) for more in missing]), spec)
     return padded[tuple(slice(size) for size in x.shape)]
+
+
+def on_each_device(function: Callable, layout: Layout, in_specs: Any, out_specs: Any) -> Callable:
+    """``function`` of the parts that each device has of arrays that lie by these specs, also within a stage of a
+    pipeline: there the axis of stages is not to be named."""
+    here = jax.sharding.get_abstract_mesh()
+    manual = {name for name, kind in zip(here.axis_names, here.axis_types, strict=True) if kind == AxisType.Manual}
+    axes = set(layout.mesh.axis_names) - manual
+    return jax.shard_map(function, axis_names=axes, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def on_each_devices_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """``function(*arrays)``, whose rows [batch, …] do not depend on each other: every device computes its own."""
+    layout = current_layout()
+    if layout is None or layout.mesh.size == 1:
+        return function(*arrays)
+    rows = arrays[0].shape[0]
+    ((*axes,),) = layout.activation_axes(("batch",), (rows,))
+    if rows % layout.devices_along(axes):
+        axes = []
+    return on_each_device(function, layout, as_spec((tuple(axes),)), as_spec((tuple(axes),)))(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

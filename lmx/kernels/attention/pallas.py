@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType
 from jaxtyping import Array, Float, Key
 
 from lmx.kernels.attention.mask import Mask
 from lmx.kernels.attention.pallas_tiles import LANES, NOTHING, Grid, Options, Tile, as_column, as_row, dot
 from lmx.kernels.dropout import stream_words
-from lmx.parallel.sharding import Layout, as_spec, current_layout, current_platform
+from lmx.parallel.sharding import Layout, as_spec, current_layout, current_platform, on_each_device
 
 TILE = 512  # queries and keys of a tile: a megabyte of scores
 
@@ -77,15 +76,8 @@ def _on_mesh(options: Options, layout: Layout, query, key, value, rows, bias, wo
         start = jax.lax.axis_index(length) * query.shape[1] if length else 0
         return _on_device(options, query, *others, start=start)
 
-    here = jax.sharding.get_abstract_mesh()
-    manual = {n for n, kind in zip(here.axis_names, here.axis_types, strict=True) if kind == AxisType.Manual}
-    return jax.shard_map(
-        one,
-        axis_names=set(layout.mesh.axis_names) - manual,
-        in_specs=(queries, keys, keys, row_specs, as_spec((heads, ())), as_spec((batch, heads, ()))),
-        out_specs=queries,
-        check_vma=False,
-    )(query, key, value, rows, bias, words)
+    in_specs = (queries, keys, keys, row_specs, as_spec((heads, ())), as_spec((batch, heads, ())))
+    return on_each_device(one, layout, in_specs, queries)(query, key, value, rows, bias, words)
 
 
 def _on_device(options: Options, query, key, value, rows, bias, words, *, start):

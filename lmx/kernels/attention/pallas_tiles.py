@@ -168,9 +168,8 @@ class Tile:
         scores = dot(self.query[0, 0], self.key[0, 0], transposed=True)
         if options.bias:
             place, width = self.distances()
-            wide = jnp.broadcast_to(optional.pop()[0, :, pl.ds(place, width)], (options.tile_query, width))
-            skewed = pltpu.roll(wide, width - options.tile_query + 1, 1, stride=1, stride_axis=0)
-            scores += skewed[:, : options.tile_key]
+            first = pltpu.roll(optional.pop()[0, :, pl.ds(place, width)], width - options.tile_query + 1, 1)
+            scores += _skewed(first, options.tile_query)[:, : options.tile_key]
         queries, keys = self.places()
         terms = []
         if options.causal:
@@ -203,6 +202,14 @@ class Tile:
         return pl.multiple_of(place, LANES), self.options.tile_query + self.options.tile_key
 
 
+def _skewed(x: Array, rows: int) -> Array:
+    """[rows, columns] of [1, columns], row i rolled i places to the right: twice as many at a time. Older TPUs cannot
+    roll each row by a distance of its own."""
+    while x.shape[0] < rows:
+        x = jnp.concatenate([x, pltpu.roll(x, x.shape[0], 1)], axis=0)
+    return x
+
+
 def dot(a: Array, b: Array, transposed: bool = False) -> Array:
     """``a @ b`` or ``a @ b.T``, summed in float32."""
     contracted = (((1,), (1 if transposed else 0,)), ((), ()))
@@ -210,8 +217,10 @@ def dot(a: Array, b: Array, transposed: bool = False) -> Array:
 
 
 def as_column(row: Array) -> Array:
-    return row.reshape(row.shape[1], 1)
+    """[n, 1] of [1, n]: by a transposition of whole registers, which every TPU has."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
 
 
 def as_row(column: Array) -> Array:
-    return column.reshape(1, column.shape[0])
+    """[1, n] of [n, 1]."""
+    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
