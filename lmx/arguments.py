@@ -127,9 +127,7 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
         help="of beams: over the length to the power P (1)",
     )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws")
-    generate.add_argument(
-        "--draft", metavar="DIR", help="a smaller model with the same tokenizer that proposes tokens; the same, sooner"
-    )
+    generate.add_argument("--draft", metavar="DIR", help="a smaller model with the same tokenizer that proposes tokens")
     generate.add_argument("--draft-tokens", type=int, default=4, metavar="N", help="proposed at a time (4)")
     generate.add_argument("--int8-weights", action="store_true", help="keep kernels and tables in eight bits")
     generate.add_argument("--int8-cache", action="store_true", help="keep keys and values in eight bits")

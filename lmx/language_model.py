@@ -166,7 +166,7 @@ class LanguageModel:
           prompts: a text, which gives a text, or several, which give a list.
           stop: a text ends before the first of these; so it does with the end-of-sequence token.
           draft: a smaller model with the same tokenizer that proposes ``draft_tokens`` tokens at a time, which this one
-            checks: the same text sooner, or random text of the same distribution.
+            checks: the same text in fewer passes, or random text of the same distribution.
           max_new_tokens, temperature, top_k, top_p, num_beams, length_penalty, seed, int8_cache: see
             :func:`lmx.generation.generate.generate`.
 

@@ -77,8 +77,8 @@ def generate(
       decoder_start_id: what an encoder-decoder's decoder starts from.
       bidirectional_prompt: prompt tokens see each other in both directions (prefix LM).
       seed: of the random draws. Row i's draws are those of its own place, whatever the other rows are.
-      draft: a model that proposes tokens, so that several can be had of one pass of ``model``. It changes how soon
-        tokens come and not how likely they are: of the likeliest they are the same, of random ones others.
+      draft: a model that proposes tokens, so that several can be had of one pass of ``model``. It changes how many
+        passes there are and not how likely a text is: of the likeliest tokens all are the same, of random ones others.
       int8_cache: keep keys and values in eight bits: of a model in float32 a quarter of their memory, at some error.
 
     Returns:
@@ -89,12 +89,9 @@ def generate(
         position table, or the draft does not fit the model.
     """
     _check_model(model.config)
+    _check_beams(num_beams, temperature, draft)
     if draft is not None:
         _check_draft(model.config, draft)
-    if num_beams < 1:
-        raise LmxError(f"num_beams must be at least 1, not {num_beams}.")
-    if num_beams > 1 and (temperature or draft is not None):
-        raise LmxError("several beams look for the likeliest text: leave temperature at 0 and draft out, or num_beams.")
     sampling = make_sampling(temperature, top_k, top_p, vocab_size)
     _check_lengths(model.config, prompts, max_new_tokens)
     if not prompts:
@@ -120,9 +117,9 @@ def generate(
         generated, _ = loop(model, params, generated, decoding, rules, max_new_tokens)
     else:
         _, drafting = prefill(draft.model, draft.params, tokens, segments, **options)
-        models, params = (model, draft.model), (params, draft.params)
-        decodings = (decoding, drafting)
-        generated, _ = speculate(models, params, generated, decodings, rules, max_new_tokens, draft.num_tokens)
+        models, both = (model, draft.model), (params, draft.params)
+        states = (decoding, drafting)
+        generated, _ = speculate(models, both, generated, states, rules, max_new_tokens, draft.num_tokens)
     return _trimmed(jax.device_get(generated.tokens)[:, :max_new_tokens], stop_ids)
 
 
@@ -165,6 +162,13 @@ def _check_model(config: Model) -> None:
         raise LmxError("an encoder reads text and cannot generate any; model.architecture must have a decoder.")
     if "lm" not in config.heads:
         raise LmxError(f"generating needs the head 'lm' in model.heads; this model has {config.heads}.")
+
+
+def _check_beams(num_beams: int, temperature: float, draft: Draft | None) -> None:
+    if num_beams < 1:
+        raise LmxError(f"num_beams must be at least 1, not {num_beams}.")
+    if num_beams > 1 and (temperature or draft is not None):
+        raise LmxError("several beams look for the likeliest text: leave temperature at 0 and draft out, or num_beams.")
 
 
 def _check_draft(config: Model, draft: Draft) -> None:

@@ -36,7 +36,8 @@ def stream_factors(
     """What dropout multiplies value number ``index`` of a stream by: 0, or one over the probability of staying.
 
     Each is a function of its place alone, so that a kernel can have any of them at any time and keep none: a hash of
-    32 bits (Wellons 2018, "lowbias32") of the place and the stream's two words, in integers that every device has.
+    32 bits (in the manner of Wellons 2018, "lowbias32", with the second word mixed in on the way) of the place and the
+    stream's two words, in integers that every device has.
     """
     x = index ^ first
     x = _multiplied(x ^ jax.lax.shift_right_logical(x, 16), 0x7FEB352D)

@@ -203,8 +203,7 @@ class Tile:
 
 
 def _skewed(x: Array, rows: int) -> Array:
-    """[rows, columns] of [1, columns], row i rolled i places to the right: twice as many at a time. Older TPUs cannot
-    roll each row by a distance of its own."""
+    """[rows, columns] of [1, columns], row i rolled i places to the right: twice as many rows at a time."""
     while x.shape[0] < rows:
         x = jnp.concatenate([x, pltpu.roll(x, x.shape[0], 1)], axis=0)
     return x
