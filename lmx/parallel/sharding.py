@@ -144,7 +144,8 @@ def current_platform() -> str:
     layout = current_layout()
     if layout is None or isinstance(layout.mesh, AbstractMesh):
         return jax.default_backend()
-    platform = layout.mesh.devices.flat[0].platform
+    device = layout.mesh.devices.flat[0]
+    platform = getattr(device, "stands_for", device.platform)  # a device that a plan describes without a compiler
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 

@@ -16,6 +16,7 @@ from lmx.parallel.pipeline import MICROBATCHES_A_STAGE
 from lmx.planning.collectives import Collective
 
 LAYERS = ("attention", "feed-forward", "experts")  # parts of the parameters that a scan over layers holds
+FLOAT32 = 4  # bytes
 GATHERED = ("fsdp", "sequence", "expert")  # axes that split a parameter which every one of their devices needs whole
 
 
@@ -51,7 +52,12 @@ def estimated_collectives(
             add("all-gather", axes, passes * layers / stages * ticks, passes * params * itemsize * ticks)
             add("reduce-scatter", axes, layers / stages * microbatches, params * itemsize * microbatches)
     whole = math.prod(sizes[axis] for axis in GATHERED) * own
-    add("all-reduce", ("data",), layers / stages * microbatches, sum(parameters.values()) / whole * 4 * microbatches)
+    add(
+        "all-reduce",
+        ("data",),
+        layers / stages * microbatches,
+        sum(parameters.values()) / whole * FLOAT32 * microbatches,
+    )
 
     stream = tokens / shards / sizes["sequence"] * model.embed_dim * itemsize / stages
     for kind in ("all-gather", "reduce-scatter"):
@@ -68,24 +74,39 @@ def estimated_collectives(
 
 
 def estimated_temporaries(
-    config: Config, parameters: Mapping[str, int], sizes: Mapping[str, int], kept: float
+    config: Config,
+    parameters: Mapping[str, int],
+    sizes: Mapping[str, int],
+    tokens: float,
+    kept: float,
+    accumulated: float,
 ) -> float:
     """Bytes that a device needs beside state, gradients and what the forward pass keeps.
 
-    Weights of two layers, gathered (one is computed with while the next arrives); what recomputing a layer keeps until
-    its backward pass is done; and the gradient of the logits.
+    Weights of two layers, gathered (one is computed with while the next arrives), and a layer's gradient before it is
+    scattered; what a layer's backward pass has to make first, because it was not kept; and the sum of gradients that
+    another micro-batch's are added to.
 
     Args:
-      kept: bytes that differentiation would keep on a device if nothing were recomputed.
+      tokens: that a device computes at once.
+      kept: bytes that differentiation would keep on a device if no layer were recomputed.
+      accumulated: bytes of a sum of gradients; none without micro-batches.
     """
     model = config.model
     itemsize = jnp.dtype(model.dtype).itemsize
     layers = num_layers(model)
     of_layers = sum(parameters.get(part, 0) for part in LAYERS)
     split = sizes["tensor"] * sizes["expert"] if model.experts.num_experts else sizes["tensor"]
-    weights = 2 * of_layers / layers / split * itemsize
-    again = kept / layers if model.remat != "none" else 0.0
-    return weights + again
+    weights = of_layers / layers / split * (2 * itemsize + FLOAT32)
+    # Norms and activation functions keep their arguments alone. Two norms have an input and an output each, and so has
+    # the function, but for relu, of which the output says all.
+    widths = 4 * model.embed_dim + (0 if model.activation == "relu" else 2 * model.mlp_dim)
+    made = tokens / sizes["tensor"] * widths * FLOAT32
+    if model.remat != "none":
+        made += kept / layers
+    if sizes["tensor"] > 1:  # a sub-layer's input and output and their gradients, of all of the length
+        made += 4 * tokens * model.embed_dim * itemsize
+    return weights + made + accumulated
 
 
 def num_layers(model: Model) -> int:

@@ -17,10 +17,12 @@ import flax.linen as nn
 import jax
 
 from lmx.config import Config
+from lmx.kernels.attention import FUSED
 from lmx.models.heads import num_params
 from lmx.models.transformer import Transformer
 from lmx.parallel.hardware import Hardware
 from lmx.parallel.pipeline import stage_microbatches
+from lmx.parallel.sharding import use_layout
 from lmx.planning.collectives import Collective, find_collectives
 from lmx.planning.estimates import estimated_collectives, estimated_temporaries
 from lmx.planning.program import Program, compile_program, num_bytes
@@ -180,7 +182,10 @@ def kept_activations(
     Args:
       model: in place of the experiment's own.
     """
-    model = model or experiment.model
+    config = (model or experiment.model).config
+    if {form.name for form in experiment.attention_forms()} & set(FUSED.values()):
+        config = dataclasses.replace(config, attention="blockwise")  # keeps the same, and is traced without libraries
+    model = Transformer(config)
     rows = experiment.split.shards * experiment.split.rows_per_device
     part = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     params = nn.meta.unbox(experiment.abstract_params())
@@ -193,7 +198,9 @@ def kept_activations(
         return jax.vjp(loss, params)[1]
 
     own = {(x.shape, x.dtype) for x in jax.tree.leaves(params)}
-    kept = [x for x in jax.tree.leaves(jax.eval_shape(backward, params, part)) if (x.shape, x.dtype) not in own]
+    with use_layout(experiment.layout):
+        found = jax.tree.leaves(jax.eval_shape(backward, params, part))
+    kept = [x for x in found if (x.shape, x.dtype) not in own]
     return float(sum(x.size * x.dtype.itemsize for x in kept if hasattr(x.dtype, "itemsize")))
 
 
@@ -214,9 +221,12 @@ def _memory(program: Program, target: Target, kept: float, parts: dict[str, int]
         activations = min(activations, rest - gradients)
         temporaries = rest - gradients - activations
     elif target.lacks:
+        split, sizes = experiment.split, experiment.mesh.shape
+        tokens = split.rows_per_device * max(experiment.objective.lengths.values()) / sizes["sequence"]
         unsaved = Transformer(dataclasses.replace(experiment.model.config, remat="none"))
         every = kept_activations(experiment, program.batch, unsaved) / experiment.mesh.size
-        temporaries = estimated_temporaries(experiment.config, parts, experiment.mesh.shape, every)
+        accumulated = gradients if split.microbatches > 1 else 0
+        temporaries = estimated_temporaries(experiment.config, parts, sizes, tokens, every, accumulated)
         total = parameters + optimizer + batch + gradients + activations + temporaries
     capacity = target.hardware and target.hardware.memory * (1 if target.hardware.is_tpu else GPU_FRACTION)
     return Memory(parameters, optimizer, batch, gradients, activations, temporaries, total, capacity)

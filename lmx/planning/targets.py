@@ -70,10 +70,15 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class AbsentDevice:
-    """As much of a device as a mesh looks at, where there is no compiler to describe it."""
+    """As much of a device as a mesh looks at, where there is no compiler to describe it.
+
+    Attributes:
+      stands_for: the platform that it would be of, which decides on kernels; to JAX it is of none.
+    """
 
     id: int
     device_kind: str
+    stands_for: str
     process_index: int = 0
     platform: str = "absent"
 
@@ -91,7 +96,8 @@ def open_target(name: str) -> Target:
     name, hardware = asked.name, asked.hardware
     extra, package = ("plan", "libtpu") if hardware.is_tpu else ("gpu", "jax_cuda13_plugin")
     if importlib.util.find_spec(package) is None:
-        absent = (AbsentDevice(i, hardware.kinds[0]) for i in range(asked.count))
+        kind, platform = hardware.kinds[0], "tpu" if hardware.is_tpu else "gpu"
+        absent = (AbsentDevice(i, kind, platform) for i in range(asked.count))
         return Target(name, tuple(absent), hardware, lacks=extra)
     return Target(name, tuple(_tpu_devices(name) if hardware.is_tpu else _gpu_devices(hardware, asked.chips)), hardware)
 

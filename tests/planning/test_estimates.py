@@ -26,7 +26,7 @@ def config_of(name, *overrides):
 
 def estimate(name, *overrides):
     """The plan for eight devices that are not there."""
-    absent = tuple(AbsentDevice(i, H100.kinds[0]) for i in range(8))
+    absent = tuple(AbsentDevice(i, H100.kinds[0], "gpu") for i in range(8))
     return make_plan(config_of(name, *overrides), Target("absent", absent, H100, lacks="gpu"))
 
 
