@@ -62,7 +62,7 @@ PROBLEMS = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("form", ["plain", "blockwise"])
-@pytest.mark.parametrize("examples", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_equals_the_formula_whatever_the_shape_and_the_mask(form, examples):
     @settings(max_examples=examples, deadline=None)
     @given(problem=PROBLEMS, seed=st.integers(0, 999))
@@ -73,7 +73,7 @@ def test_equals_the_formula_whatever_the_shape_and_the_mask(form, examples):
     check()
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_kernel_equals_the_formula_whatever_the_shape_and_the_mask(examples):
     shapes = {"queries": st.integers(100, 400), "window": st.sampled_from([0, 0, 5, 200])}
 

@@ -19,7 +19,7 @@ def draw(rng, batch, length, k, num_slots):
     return slots.reshape(batch, length, k), arrays
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 9),

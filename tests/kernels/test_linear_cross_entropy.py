@@ -56,7 +56,7 @@ def with_gradients(function, head, targets, weights, factor=1.0, **options):
     return scores, gradients
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [6, pytest.param(60, marks=pytest.mark.slow)])
 def test_equals_the_definition_whatever_the_shapes_and_chunks(examples):
     @settings(max_examples=examples, deadline=None)
     @given(st.data())

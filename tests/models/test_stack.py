@@ -39,7 +39,7 @@ def loss(params, model, batch):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "experts" else []) for name in PATTERNS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "experts" in name else []) for name in PATTERNS]
 )
 def test_scanned_equals_unrolled_in_value_and_gradient(name):
     config, batch = PATTERNS[name], example(PATTERNS[name])
@@ -138,7 +138,7 @@ def test_full_remat_saves_less_between_forward_and_backward():
     assert saved["full"] < saved["dots"] < saved["none"]
 
 
-@pytest.mark.parametrize("name", ["experts", "encoder_decoder"])
+@pytest.mark.parametrize("name", ["experts", pytest.param("encoder_decoder", marks=pytest.mark.slow)])
 def test_a_loop_that_is_written_out_has_the_same_parameters_and_gradients(name, monkeypatch):
     model, params = build(dataclasses.replace(PATTERNS[name], scan_layers=True))
     params = randomized(params)

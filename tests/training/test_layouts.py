@@ -147,7 +147,10 @@ def test_an_optimizer_in_the_hosts_memory_takes_the_same_steps(sizes):
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"stage_rounds": 2}, {"stage_rounds": 4, "stage_microbatches": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({"stage_rounds": 2}, marks=pytest.mark.slow), {"stage_rounds": 4, "stage_microbatches": 2}],
+)
 def test_rounds_and_microbatches_of_a_pipeline_change_nothing(changes):
     mesh = Mesh(data=4, stage=2, **changes)
     if changes.get("stage_microbatches"):

@@ -33,7 +33,9 @@ def largest_logits(text):
     return max(np.prod([int(size) for size in shape.split(",")]) for shape in shapes)
 
 
-@pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder_decoder"])
+@pytest.mark.parametrize(
+    "architecture", ["decoder", "encoder", pytest.param("encoder_decoder", marks=pytest.mark.slow)]
+)
 def test_no_step_holds_the_logits_of_a_batch(architecture, monkeypatch):
     config = make_config(architecture, vocab_size=VOCAB)
     texts = []

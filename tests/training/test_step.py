@@ -41,7 +41,7 @@ def other(*values):
 
 
 @pytest.mark.parametrize("rows_at_once", [*other(1, 2), 4])
-@pytest.mark.parametrize("name", ["decoder", *other("encoder", "encoder_decoder", "adapters"), "switch"])
+@pytest.mark.parametrize("name", ["decoder", *other("encoder", "encoder_decoder", "adapters", "switch")])
 def test_any_split_into_microbatches_equals_the_whole_batch(name, rows_at_once):
     config = ARCHITECTURES[name]
     assert_same(run(config, max_rows_per_device=rows_at_once), run(config))
