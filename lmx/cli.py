@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lmx.allocator import keep_freed_memory
 from lmx.arguments import make_parser
 from lmx.errors import LmxError
 
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.print_help()
         return 2
     console = Console()
+    keep_freed_memory()
     try:
         if overrides and not hasattr(args, "config"):
             raise LmxError(f"unknown argument {overrides[0]!r}; see `lmx {args.command} --help`.")

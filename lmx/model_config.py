@@ -166,6 +166,12 @@ class Model:
         "Pallas) or an error that says why not; blockwise: in blocks, on any hardware; plain: the formula.",
         choices=("auto", "flash", "blockwise", "plain"),
     )
+    products: str = option(
+        "dtype",
+        "Numbers that projections and experts multiply. int8, fp8: rounded to eight bits for each product but those "
+        "of weights' gradients (needs the extra quantized).",
+        choices=("dtype", "int8", "fp8"),
+    )
     dtype: str = option("float32", "Compute type; parameters stay float32.", choices=("float32", "bfloat16"))
     scan_layers: bool = option(True, "One compiled layer scanned over stacked parameters, or all unrolled.")
     remat: str = option(

@@ -18,7 +18,7 @@ class Case:
 
     Attributes:
       name: of the work, such as "train gpt2 small".
-      kind: "training", "generation" or "loading".
+      kind: "training", "generation", "loading" or "input".
       config: the model, and for training the batch.
       systems: who does it.
       goal: how many times as fast as the best peer lmx is to be, at least.
@@ -98,7 +98,8 @@ def _cpu() -> list[Case]:
         )
         for rows, new, goal in ((1, 32, 2.0), (8, 16, 2.0), (64, 4, None))
     ]
-    return [*found, Case("load gpt2 124m", "loading", decoder, ("lmx", "eager"), None)]
+    read = Case("input of bert small", "input", bert(dataclasses.replace(small, rows=32)), ("lmx", "eager"), None)
+    return [*found, read, Case("load gpt2 124m", "loading", decoder, ("lmx", "eager"), None)]
 
 
 def _gpu() -> list[Case]:
@@ -117,7 +118,8 @@ def _gpu() -> list[Case]:
     for rows, goal in ((1, None), (8, None), (64, 3.0)):
         name = f"generate gpt2 124m, batch {rows}"
         found.append(Case(name, "generation", gpt2(medium), goal=goal, prompts=rows, new_tokens=128))
-    return [*found, Case("load gpt2 124m", "loading", gpt2(medium), ("lmx", "eager"), None)]
+    read = Case("input of bert base", "input", bert(Size(12, 768, 32, 512, half)), ("lmx", "eager"), None)
+    return [*found, read, Case("load gpt2 124m", "loading", gpt2(medium), ("lmx", "eager"), None)]
 
 
 def _shrunk(case: Case) -> Case:

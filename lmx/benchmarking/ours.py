@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from lmx.benchmarking.batches import random_batch
 from lmx.benchmarking.cases import Case
-from lmx.benchmarking.work import BATCH, Work, prompts_of
+from lmx.benchmarking.work import BATCH, BATCHES, Work, prompts_of
 from lmx.config import Config, Model
 from lmx.generation.generate import generate
 from lmx.interop.pretrained import load_params, open_checkpoint
@@ -23,7 +23,10 @@ from lmx.models.experts import expert_capacity
 from lmx.parallel.sharding import put_batch
 from lmx.planning.program import abstract_batch, abstract_experiment
 from lmx.planning.targets import HERE, open_target
-from lmx.training.experiment import Experiment
+from lmx.text.corpora import open_source
+from lmx.text.packing import token_store
+from lmx.text.pipeline import BATCHES_AHEAD
+from lmx.training.experiment import Experiment, record_fields
 from lmx.training.initial import initial_state
 from lmx.training.loop import compiled_train_step
 
@@ -31,6 +34,8 @@ from lmx.training.loop import compiled_train_step
 def open_work(case: Case, folder: Path, system: str) -> Work:
     """Gets ready for the work of a case; the first to come writes the model to ``folder`` for all others."""
     experiment = abstract_experiment(case.config, open_target(HERE))
+    if case.kind == "input":
+        return _input(experiment, folder)
     state, _ = initial_state(experiment, experiment.optimizer(), None, Console(quiet=True))
     if not (folder / "config.json").exists():
         save_pretrained(folder, _published(case.config), state.params, {})
@@ -101,6 +106,23 @@ def _generation(case: Case, experiment: Experiment, params: Any) -> Work:
         return sum(map(len, found))
 
     return Work(run, first_token=lambda: run(1))
+
+
+def _input(experiment: Experiment, folder: Path) -> Work:
+    """Batches of the built-in text; its tokens are left for the others, cut into rows of the same length."""
+    config = experiment.config
+    source = open_source(config.data.train, record_fields(config))
+    tokens = token_store(source, experiment.tokenizer, config.data.text_field).tokens
+    rows = tokens[: len(tokens) // config.data.length * config.data.length].reshape(-1, config.data.length)
+    save_file({"rows": rows}, folder / BATCH)
+    batches = experiment.train_batches()
+
+    def run() -> int:
+        for _ in range(BATCHES_AHEAD + 1):  # were made before the turn
+            next(batches)
+        return sum(next(batches)["tokens"].size for _ in range(BATCHES))
+
+    return Work(run)
 
 
 def _load(folder: Path, experiment: Experiment) -> float:

@@ -17,7 +17,12 @@ from lmx.benchmarking.work import PROMPT
 from lmx.training.report import write_page
 
 MIB = 2**20
-RESULTS = {"training": "nats", "generation": "tokens", "loading": ""}  # what a case's first turn gave
+RESULTS = {
+    "training": "nats",
+    "generation": "tokens",
+    "input": "tokens",
+    "loading": "",
+}  # what a case's first turn gave
 
 
 class Results:
@@ -105,9 +110,10 @@ def print_table(results: Results, console: Console) -> None:
         console.print(f"[bold]{escape(found.case.name)}[/]", highlight=False)
         for system, timing in found.timings.items():
             part, rate = results.utilization(found, timing), ""
+            if RESULTS[found.case.kind] == "tokens":
+                rate = f"{timing.result / timing.median:,.0f} tokens/s"
             if timing.first_token:
-                first = seconds(statistics.median(timing.first_token))
-                rate = f"{timing.result / timing.median:,.0f} tokens/s, first after {first}"
+                rate += f", first after {seconds(statistics.median(timing.first_token))}"
             line(
                 system,
                 seconds(timing.median),

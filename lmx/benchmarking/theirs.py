@@ -5,16 +5,18 @@ GPU bfloat16 by autocast over float32 parameters, which is how lmx computes too.
 """
 
 import contextlib
+import itertools
 import time
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
 
 from lmx.benchmarking.cases import Case
-from lmx.benchmarking.work import BATCH, Work, prompts_of
+from lmx.benchmarking.work import BATCH, BATCHES, Work, prompts_of
 
 transformers.logging.set_verbosity_error()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,6 +28,8 @@ def open_work(case: Case, folder: Path, system: str) -> Work:
         torch.cuda.reset_peak_memory_stats()
     if case.kind == "loading":  # all of it, and not only what a file that is mapped into memory shows so far
         return Work(lambda: sum(float(parameter.sum()) for parameter in _open(folder).to(DEVICE).parameters()))
+    if case.kind == "input":
+        return _input(case, load_file(folder / BATCH)["rows"])
     model = _open(folder).to(DEVICE)
     if case.kind == "generation":
         return _generation(case, model, system)
@@ -107,6 +111,25 @@ def _inputs(case: Case, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch
             same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
             inputs["attention_mask"] = torch.where(same[:, None], 0.0, torch.finfo(torch.float32).min)
     return inputs, targets
+
+
+def _input(case: Case, rows: torch.Tensor) -> Work:
+    """Rows in random order, masked by the library's collator, which is told that no token of them is special."""
+    vocabulary = {str(i): i for i in range(case.config.model.vocab_size - 2)} | {"[PAD]": -2, "[MASK]": -1}
+    vocabulary = {token: i % case.config.model.vocab_size for token, i in vocabulary.items()}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[PAD]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", mask_token="[MASK]")
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=case.config.objective.mask_rate)
+
+    def masked(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.stack(rows)
+        return collator.torch_mask_tokens(rows, special_tokens_mask=torch.zeros_like(rows))
+
+    loader = torch.utils.data.DataLoader(
+        rows.long(), case.config.train.global_batch_size, shuffle=True, drop_last=True, collate_fn=masked
+    )
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    return Work(lambda: sum(next(batches)[0].numel() for _ in range(BATCHES)))
 
 
 def _generation(case: Case, model: torch.nn.Module, system: str) -> Work:

@@ -8,6 +8,7 @@ import numpy as np
 from lmx.benchmarking.cases import Case
 
 PROMPT = 64  # tokens
+BATCHES = 50  # of a turn at the input
 BATCH = "batch.safetensors"  # beside the model, for those who come after
 
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lmx.allocator import keep_freed_memory
 from lmx.benchmarking.cases import cases
 from lmx.benchmarking.work import Work
 
@@ -78,6 +79,7 @@ def main() -> None:
     """Answers until its input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    keep_freed_memory()  # for the others, too
     system = sys.argv[1]
     worker = Worker(system, importlib.import_module(f"lmx.benchmarking.{'ours' if system == 'lmx' else 'theirs'}"))
     for line in sys.stdin:

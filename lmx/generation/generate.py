@@ -93,10 +93,13 @@ def generate(
     if draft is not None:
         _check_draft(model.config, draft)
     sampling = make_sampling(temperature, top_k, top_p, vocab_size)
-    _check_lengths(model.config, prompts, max_new_tokens)
+    _check_lengths("model", model.config, prompts, max_new_tokens)
+    if draft is not None:
+        _check_lengths("the draft's model", draft.model.config, prompts, max_new_tokens)
     if not prompts:
         return []
-    length = min(bucket(max(map(len, prompts))), _longest(model.config))
+    models = [model.config, *([draft.model.config] if draft else [])]
+    length = min(bucket(max(map(len, prompts))), *map(_longest, models))
     padded = pad_prompts(prompts, length, pad_id, left=model.config.architecture == "decoder")
     tokens, segments = map(jnp.asarray, padded)
     room = bucket(max_new_tokens) + (draft.num_tokens if draft else 0)
@@ -182,6 +185,11 @@ def _check_draft(config: Model, draft: Draft) -> None:
                 f"the draft's model.{name} is {other!r} and the model's is {ours!r}; a draft must have the same, and "
                 "the same tokenizer."
             )
+    if "dynamic" in (config.rotary_scaling.kind, theirs.rotary_scaling.kind):
+        raise LmxError(
+            "rotary_scaling.kind='dynamic' goes by the length of what is computed at once, which a draft changes; "
+            "generate without one."
+        )
     for model, name in ((config, "model"), (theirs, "draft")):
         if model.experts.num_experts and model.experts.eval_capacity_factor:
             raise LmxError(
@@ -190,7 +198,7 @@ def _check_draft(config: Model, draft: Draft) -> None:
             )
 
 
-def _check_lengths(config: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check_lengths(name: str, config: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise LmxError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
     if not all(len(prompt) for prompt in prompts):
@@ -200,7 +208,7 @@ def _check_lengths(config: Model, prompts: Sequence[Sequence[int]], max_new_toke
     needed = max(prompt, max_new_tokens) if two else prompt + max_new_tokens
     if needed > _longest(config):
         raise LmxError(
-            f"a prompt of {prompt} tokens and {max_new_tokens} new ones do not fit model.max_length "
+            f"a prompt of {prompt} tokens and {max_new_tokens} new ones do not fit {name}.max_length "
             f"({config.max_length}), the positions that the learned table holds; shorten the prompt or lower "
             "max_new_tokens."
         )

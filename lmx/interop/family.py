@@ -128,7 +128,7 @@ class Family(abc.ABC):
 
 # How a model is computed, initialized or trained, not what it computes; a file need not say it.
 FREE = (
-    *("attention", "dtype", "remat", "scan_layers", "num_classes", "use_bias"),
+    *("attention", "products", "dtype", "remat", "scan_layers", "num_classes", "use_bias"),
     *("initializer", "init_stddev", "init_scale", "embedding_stddev", "scale_residual_init"),
     *("dropout", "attention_dropout", "mlp_dropout", "final_dropout", "head_dropout"),
 )

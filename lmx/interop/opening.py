@@ -148,7 +148,8 @@ def body_of(config: Config, folder: Path) -> Config:
     (theirs, tensors), ours = open_checkpoint(folder), config.model
     model = model_config(theirs, tensors, ours.heads, ours.num_classes)
     kept = {
-        name: getattr(ours, name) for name in ("attention", "dtype", "remat", "head_dropout", "num_classes", "lora")
+        name: getattr(ours, name)
+        for name in ("attention", "products", "dtype", "remat", "head_dropout", "num_classes", "lora")
     }
     return dataclasses.replace(config, model=dataclasses.replace(model, **kept))
 

@@ -7,9 +7,14 @@ The loss of one token with logits :math:`x`, target :math:`t`, vocabulary :math:
           \\qquad Z = \\sum_v e^{x_v}.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from lmx.parallel.sharding import current_layout
 
 
 def cross_entropy(
@@ -28,19 +33,92 @@ def cross_entropy(
       z_loss: weight of the squared log of the softmax's normalizer, which keeps it near 0
         (PaLM, Chowdhery et al. 2022, section 5).
     """
+    return _cross_entropy(label_smoothing, z_loss, logits, targets)
+
+
+def scores(
+    logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"], label_smoothing: float, z_loss: float
+) -> tuple[Float[Array, "*batch"], Bool[Array, "*batch"]]:
+    """:func:`cross_entropy`, and whether no id is likelier than the target, and not all are equally likely.
+
+    Which is cheaper to tell than which id is the likeliest: nothing is written for each logit.
+    """
+    return _scored(label_smoothing, z_loss, logits, targets)[:2]
+
+
+def scores_and_gradient(
+    logits: Float[Array, "*batch vocab"],
+    targets: Int[Array, "*batch"],
+    weights: Float[Array, "*batch"],
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Float[Array, "*batch"], Bool[Array, "*batch"], Float[Array, "*batch vocab"]]:
+    """:func:`scores`, and the gradient by the logits, in float32, of the sum of the losses with these weights."""
+    loss, right, softmax = _scored(label_smoothing, z_loss, logits, targets)
+    return loss, right, _gradient(label_smoothing, z_loss, softmax, targets, weights)
+
+
+class _Softmax(NamedTuple):
+    """``exp(logits - top)``, their sums, and the logarithms of what the sums would be without ``top``."""
+
+    exponentials: Float[Array, "*batch vocab"]
+    total: Float[Array, "*batch"]
+    log_total: Float[Array, "*batch"]
+
+
+def _scored(label_smoothing, z_loss, logits, targets):
     logits = logits.astype(jnp.float32)
     # The loss is the same when all logits move together; near 0 nothing overflows and differences keep their digits.
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    logits = logits - top[..., None]
-    log_sum = jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
-    # A comparison instead of a gather: it partitions over a split vocabulary, and its gradient needs no scatter.
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    loss = log_sum - (1 - label_smoothing) * jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    # The barrier keeps a compiler for CPUs from writing the largest out again for each logit.
+    top = jax.lax.optimization_barrier(jnp.max(logits, axis=-1))
+    exponentials = jnp.exp(logits - top[..., None])
+    total = jnp.sum(exponentials, axis=-1)
+    log_sum = jnp.log(total)
+    at_target = _logit_of(logits, targets)
+    loss = log_sum - (1 - label_smoothing) * (at_target - top)
     if label_smoothing:
-        loss -= label_smoothing * jnp.mean(logits, axis=-1)
+        loss -= label_smoothing * jnp.mean(logits - top[..., None], axis=-1)
     if z_loss:
         loss += z_loss * jnp.square(log_sum + top)
-    return loss
+    right = (at_target >= top) & (total < logits.shape[-1])
+    return loss, right, _Softmax(exponentials, total, log_sum + top)
+
+
+def _logit_of(logits, targets):
+    layout = current_layout()
+    if layout is None or layout.devices_along(layout.axes("vocab")) == 1:
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # A comparison instead of a gather: it partitions over a split vocabulary.
+    return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
+
+
+def _is_target(logits, targets):
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+
+
+def _gradient(label_smoothing, z_loss, softmax, targets, weights):
+    exponentials, total, log_total = softmax
+    factor = (weights * (1 + 2 * z_loss * log_total) / total)[..., None]
+    at_target = jnp.where(_is_target(exponentials, targets), (1 - label_smoothing) * weights[..., None], 0)
+    return exponentials * factor - at_target - label_smoothing / exponentials.shape[-1] * weights[..., None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(label_smoothing, z_loss, logits, targets):
+    return _scored(label_smoothing, z_loss, logits, targets)[0]
+
+
+def _forward(label_smoothing, z_loss, logits, targets):
+    loss, _, softmax = _scored(label_smoothing, z_loss, logits, targets)
+    return loss, (softmax, targets, jnp.zeros((), logits.dtype))
+
+
+def _backward(label_smoothing, z_loss, residuals, weights):
+    softmax, targets, like = residuals
+    return _gradient(label_smoothing, z_loss, softmax, targets, weights).astype(like.dtype), None
+
+
+_cross_entropy.defvjp(_forward, _backward)
 
 
 def cross_entropy_reference(

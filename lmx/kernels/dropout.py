@@ -1,8 +1,10 @@
-"""Dropout (Srivastava et al. 2014) that draws 16 random bits a value.
+"""Dropout (Srivastava et al. 2014) whose mask is computed where it is used, and not kept for the backward pass.
 
-Drawing them is most of what dropout costs where there is no hardware for it: by 32 bits and a conversion to a float32,
-as ``jax.random.bernoulli`` does it, a mask takes several times as long on a CPU.
+Whether a value stays is a function of its place and of a few random words. Drawing random bits for every value, as
+``jax.random.bernoulli`` does it, is most of what dropout costs where there is no hardware for it.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +13,34 @@ from jaxtyping import Array, Float, Int, Key
 STEPS = 1 << 16
 
 
-def dropout(key: Key[Array, ""], x: Float[Array, "*outer last"], rate: float) -> Float[Array, "*outer last"]:
+def dropout(key: Key[Array, ""], x: Float[Array, "..."], rate: float) -> Float[Array, "..."]:
     """Zero with probability ``rate``, rounded to 1/65,536; other values are divided by the probability of staying.
 
     The mask depends on the key and the shape alone, and not on how ``x`` lies on devices.
     """
-    dropped = round(rate * STEPS)
-    if not 0 < dropped < STEPS:
-        return x if dropped == 0 else jnp.zeros_like(x)
-    *outer, last = x.shape
-    words = jax.random.bits(key, (*outer, -(-last // 2)), jnp.uint32)
-    draws = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*outer, -1)[..., :last]
-    return jnp.where(draws >= dropped, x / (1 - dropped / STEPS), 0)
+    return stream_dropout(rate, stream_words(key, x.shape[:1] if x.ndim > 1 else ()), x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def stream_dropout(rate: float, words: Int[Array, "*streams 2"], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """:func:`dropout` of streams of values: ``x`` has the axes of the streams, and then those of their values."""
+    inner = x.shape[words.ndim - 1 :]
+    index = jnp.zeros(inner, jnp.int32)
+    for axis, size in enumerate(inner):
+        index = index * size + jax.lax.broadcasted_iota(jnp.int32, inner, axis)
+    first, second = (words[..., i].reshape(*words.shape[:-1], *[1] * len(inner)) for i in range(2))
+    return (x * stream_factors(first, second, index, rate)).astype(x.dtype)
+
+
+def _forward(rate, words, x):
+    return stream_dropout(rate, words, x), words
+
+
+def _backward(rate, words, gradient):
+    return None, stream_dropout(rate, words, gradient)
+
+
+stream_dropout.defvjp(_forward, _backward)
 
 
 def stream_words(key: Key[Array, ""], shape: tuple[int, ...]) -> Int[Array, "... 2"]:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from lmx.kernels.cross_entropy import cross_entropy
+from lmx.kernels.cross_entropy import cross_entropy_reference, scores, scores_and_gradient
 from lmx.kernels.int8 import Quantized, dense
 from lmx.parallel.sharding import constrain, current_layout
 
@@ -54,12 +54,12 @@ class TokenScores:
     Attributes:
       loss: the weighted sum of the tokens' cross-entropies, in nats. It alone has a gradient.
       nll: the cross-entropy of each token, in nats.
-      predicted: the likeliest id at each place; of several the first.
+      right: at each place, whether no id is likelier than the target, and not all are equally likely.
     """
 
     loss: Float[Array, ""]
     nll: Float[Array, "batch length"]
-    predicted: Int[Array, "batch length"]
+    right: Bool[Array, "batch length"]
 
 
 def linear_cross_entropy(
@@ -85,8 +85,8 @@ def linear_cross_entropy(
     scoring = _Scoring(unembedding.tied, label_smoothing, z_loss)
     hidden, targets, weights = map(chunks.split, (unembedding.hidden, targets, weights))
     kernel = dense(unembedding.kernel, unembedding.hidden.dtype)
-    loss, nll, predicted = _scores(scoring, hidden, kernel, unembedding.bias, targets, weights)
-    return TokenScores(loss, *(jax.lax.stop_gradient(chunks.join(x)) for x in (nll, predicted)))
+    loss, nll, right = _scores(scoring, hidden, kernel, unembedding.bias, targets, weights)
+    return TokenScores(loss, *(jax.lax.stop_gradient(chunks.join(x)) for x in (nll, right)))
 
 
 def linear_cross_entropy_reference(
@@ -99,8 +99,10 @@ def linear_cross_entropy_reference(
 ) -> TokenScores:
     """The same from all logits at once."""
     logits = unembedding.logits()
-    nll = cross_entropy(logits, targets, label_smoothing, z_loss)
-    return TokenScores(jnp.sum(nll * weights), jax.lax.stop_gradient(nll), jnp.argmax(logits, axis=-1))
+    nll = cross_entropy_reference(logits, targets, label_smoothing, z_loss)
+    right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] >= logits.max(-1)
+    right &= logits.min(-1) < logits.max(-1)
+    return TokenScores(jnp.sum(nll * weights), jax.lax.stop_gradient(nll), right)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,16 +156,16 @@ class _Scoring(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scores(scoring, hidden, kernel, bias, targets, weights):
-    """The loss, and ``nll`` and ``predicted`` of every chunk."""
+    """The loss, and ``nll`` and ``right`` of every chunk."""
 
     def body(loss, chunk):
         x, targets, weights = chunk
         logits = _chunk_logits(scoring, x, kernel, bias)
-        nll = cross_entropy(logits, targets, scoring.label_smoothing, scoring.z_loss)
-        return loss + jnp.sum(nll * weights), (nll, _likeliest(logits))
+        nll, right = scores(logits, targets, scoring.label_smoothing, scoring.z_loss)
+        return loss + jnp.sum(nll * weights), (nll, right)
 
-    loss, (nll, predicted) = jax.lax.scan(body, jnp.zeros(()), (hidden, targets, weights))
-    return loss, nll, predicted
+    loss, (nll, right) = jax.lax.scan(body, jnp.zeros(()), (hidden, targets, weights))
+    return loss, nll, right
 
 
 def _scores_and_gradients(scoring, hidden, kernel, bias, targets, weights):
@@ -176,34 +178,34 @@ def _scores_and_gradients(scoring, hidden, kernel, bias, targets, weights):
         loss, of_kernel, of_bias = sums
         x, targets, weights = chunk
         logits = _chunk_logits(scoring, x, kernel, bias)
-        nll, pull_back = jax.vjp(lambda y: cross_entropy(y, targets, scoring.label_smoothing, scoring.z_loss), logits)
-        of_logits = constrain(pull_back(weights)[0], *CHUNK, "vocab")
+        nll, right, of_logits = scores_and_gradient(logits, targets, weights, scoring.label_smoothing, scoring.z_loss)
+        of_logits = constrain(of_logits, *CHUNK, "vocab")
         if of_bias is not None:
-            of_bias += of_logits.sum((1, 3))
+            of_bias += jnp.einsum("abcd,abcdv->acv", jnp.ones_like(weights), of_logits)  # a product sums faster
         of_logits = of_logits.astype(x.dtype)
         if of_kernel is not None:
-            axes = _axes(scoring.tied)
-            of_kernel += jnp.einsum(f"abcdv,abcde->ac{axes}", of_logits, x, preferred_element_type=jnp.float32)
+            of_kernel += jnp.einsum("abcde,abcdv->acev", x, of_logits, preferred_element_type=jnp.float32)
         of_x = jnp.einsum(f"abcdv,{_axes(scoring.tied)}->abcde", of_logits, kernel)
         sums = (loss + jnp.sum(nll * weights), of_kernel, of_bias)
-        return sums, (nll, _likeliest(logits), constrain(of_x, *CHUNK, None))
+        return sums, (nll, right, constrain(of_x, *CHUNK, None))
 
     def zeros(like, *names):
         """A sum for each shard of the batch: they are added up once, when all chunks have been seen."""
         shape = (hidden.shape[1], hidden.shape[3], *like.shape)
         return constrain(jnp.zeros(shape, jnp.float32), "batch", "length", *names)
 
-    of_kernel = zeros(kernel, *(("vocab", None) if scoring.tied else (None, "vocab"))) if trains else None
+    # Summed as [embed, vocab], so that no product has to have the logits turned over.
+    of_kernel = zeros(kernel.T if scoring.tied else kernel, None, "vocab") if trains else None
     of_bias = None if bias is None or not trains else zeros(bias, "vocab")
     sums, outputs = jax.lax.scan(body, (jnp.zeros(()), of_kernel, of_bias), (hidden, targets, weights))
     loss, of_kernel, of_bias = sums
-    nll, predicted, of_hidden = outputs
+    nll, right, of_hidden = outputs
     if of_kernel is not None:  # until backward uses it, in parts as the parameter is
-        names = ("vocab", "embed") if scoring.tied else ("embed", "vocab")
-        of_kernel = constrain(_over_shards(of_kernel, kernel), *names)
+        of_kernel = constrain(_over_shards(of_kernel, kernel), "embed", "vocab")
+        of_kernel = of_kernel.T if scoring.tied else of_kernel
     if of_bias is not None:
         of_bias = _over_shards(of_bias, bias)
-    return (loss, nll, predicted), (of_hidden, of_kernel, of_bias)
+    return (loss, nll, right), (of_hidden, of_kernel, of_bias)
 
 
 def _over_shards(x, like):
@@ -212,7 +214,7 @@ def _over_shards(x, like):
 
 
 def _scaled(scoring, gradients, cotangents):
-    by_loss = cotangents[0]  # nll and predicted are handed out without a gradient
+    by_loss = cotangents[0]  # nll and right are handed out without a gradient
     return *jax.tree.map(lambda x: x * by_loss.astype(x.dtype), gradients), None, None
 
 
@@ -234,11 +236,3 @@ def _product(hidden, kernel, bias, tied):
 
 def _chunk_logits(scoring, x, kernel, bias):
     return constrain(_product(x, kernel, bias, scoring.tied), *CHUNK, "vocab")
-
-
-def _likeliest(logits):
-    """``argmax``, as two reductions that a CPU can vectorize and a split vocabulary can share."""
-    vocab_size = logits.shape[-1]
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    top = jnp.max(logits, axis=-1)[..., None]  # in the loss, too: the compiler finds it once
-    return jnp.min(jnp.where(logits == top, ids, vocab_size - 1), axis=-1)

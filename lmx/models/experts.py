@@ -6,6 +6,7 @@ change with micro-batches, devices or hosts.
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from lmx.kernels.dispatch import Places, combine, dispatch
+from lmx.kernels.eight_bits import eight_bit_product
 from lmx.kernels.int8 import Quantized
 from lmx.model_config import Model
 from lmx.models.feed_forward import activate, is_gated
@@ -118,7 +120,11 @@ class ExpertProjection(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[0], self.axes[2]))
             bias = self.param("bias", init, (experts, self.features)).astype(dtype)
         if sizes is None:
-            y = jnp.einsum("bxci,xio->bxco", x, kernel.astype(dtype))
+            if config.products == "dtype" or scale is not None:
+                y = jnp.einsum("bxci,xio->bxco", x, kernel.astype(dtype))
+            else:
+                one = functools.partial(eight_bit_product, num_inputs=1, form=config.products)
+                y = jax.vmap(one, in_axes=(1, 0), out_axes=1)(x, kernel)
             scale, bias = (None if of is None else of[:, None] for of in (scale, bias))
         else:
             y = jax.lax.ragged_dot(x, kernel.astype(dtype), sizes)
@@ -151,7 +157,7 @@ class SwitchFeedForward(nn.Module):
         x, gates = x.astype(dtype), routing.gates.astype(dtype)
         if capacity:
             return self._through_slots(x, gates, routing, capacity, train)
-        if _has_grouped_products():
+        if config.products == "dtype" and _has_grouped_products():
             return self._grouped(x, gates, routing.chosen, train)
         every = jnp.broadcast_to(x[:, None], (x.shape[0], config.experts.num_experts, *x.shape[1:]))
         return jnp.einsum("blx,bxle->ble", gates, self._experts(every, train))
@@ -211,7 +217,7 @@ class SwitchFeedForward(nn.Module):
         if train and experts.jitter:
             noise = jax.random.uniform(self.make_rng("jitter"), x.shape, minval=-experts.jitter, maxval=experts.jitter)
             x *= 1.0 + noise
-        config = dataclasses.replace(self.config, dtype="float32")
+        config = dataclasses.replace(self.config, dtype="float32", products="dtype")
         axes = ("embed", "experts")
         logits = Projection(config, (experts.num_experts,), axes, use_bias=False, name="router")(x)
         routing = route(logits, segments, capacity, experts.top_k, experts.normalize_gates)

@@ -1,18 +1,31 @@
 """The position-wise feed-forward network, plain and gated."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lmx.model_config import Model
 from lmx.models.layers import Dropout, Projection, recomputed, residual_scale
 from lmx.parallel.sharding import constrain
 
+
+def gelu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """``x`` times the probability of a smaller standard normal number (Hendrycks & Gimpel 2016, section 2).
+
+    By ``erf`` in float32: ``erfc``, which ``jax.nn.gelu`` takes for the digits of results below 1e-6, is four times as
+    much work on a CPU.
+    """
+    half = 0.5 * x.astype(jnp.float32)
+    return (half * (1 + jax.lax.erf(half * math.sqrt(2)))).astype(x.dtype)
+
+
 ACTIVATIONS = {
     "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
     "geglu": functools.partial(jax.nn.gelu, approximate=True),

@@ -1,5 +1,6 @@
 """What stands on top of the stacks: language modelling, masked language modelling, classes and spans."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -109,7 +110,7 @@ class Heads(nn.Module):
     config: Model
 
     def setup(self):
-        config = self.config
+        config = dataclasses.replace(self.config, products="dtype")  # what is small is not rounded
         makers = {
             "lm": lambda: VocabularyHead(config),
             "mlm": lambda: MaskedLMHead(config),

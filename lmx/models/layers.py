@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lmx.kernels.dropout import dropout
+from lmx.kernels.eight_bits import eight_bit_product
 from lmx.kernels.int8 import Quantized, dense, product, quantize
 from lmx.model_config import Model
 from lmx.models.lora import has_adapter
 from lmx.parallel.sharding import gathered
+
+PRODUCT = "product"  # the name of what a projection gives, by which remat policies keep it
 
 
 def kernel_init(config: Model, num_inputs: int = 1, *, scale: float = 1.0, batched: bool = False):
@@ -74,7 +78,11 @@ class Projection(nn.Module):
         init = kernel_init(self.config, self.num_inputs, scale=self.init_scale)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
         offer_quantized(self, kernel, range(self.num_inputs))
-        y = product(x.astype(dtype), kernel, self.num_inputs)
+        if self.config.products == "dtype" or isinstance(kernel, Quantized):
+            y = product(x.astype(dtype), kernel, self.num_inputs)
+        else:
+            y = eight_bit_product(x.astype(dtype), kernel, self.num_inputs, self.config.products)
+        y = checkpoint_name(y, PRODUCT)
         if self.config.use_bias if self.use_bias is None else self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_inputs :])
             y += self.param("bias", init, self.features).astype(dtype)

@@ -15,17 +15,19 @@ from jaxtyping import Array, Float
 
 from lmx.model_config import Model, is_sparse, layer_period
 from lmx.models.block import Block, Context
-from lmx.models.layers import Dropout, Norm
+from lmx.models.layers import PRODUCT, Dropout, Norm
 from lmx.models.positions import RelativeBias
 from lmx.parallel.pipeline import pipelined
 from lmx.parallel.sharding import current_layout, current_platform
 
 MOST_UNROLLED = 16  # turns of the loop over layers; compiling takes longer with each
 
+_POLICIES = jax.checkpoint_policies
+_PRODUCTS = _POLICIES.save_only_these_names(PRODUCT)  # whose gradients are rules of their own, which hide their dots
 REMAT_POLICIES: dict[str, Callable | None] = {
     "full": None,
-    "dots": jax.checkpoint_policies.checkpoint_dots,
-    "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "dots": _POLICIES.save_from_both_policies(_POLICIES.checkpoint_dots, _PRODUCTS),
+    "dots_no_batch": _POLICIES.save_from_both_policies(_POLICIES.checkpoint_dots_with_no_batch_dims, _PRODUCTS),
 }
 
 

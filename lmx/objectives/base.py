@@ -105,16 +105,16 @@ class TokenObjective(Objective):
         train: bool,
         sources: Int[Array, "batch length"] | None = None,
     ) -> tuple[dict[str, Term], Bool[Array, "batch length"]]:
-        """``loss`` (nats a token) and ``accuracy`` (fraction of tokens whose most likely id is the target).
+        """``loss`` (nats a token) and ``accuracy`` (fraction of tokens than which no other id is likelier).
 
         Of a training mixture also the loss of each source. Beside them, which tokens are right.
         """
         smoothing, z_loss = (self.label_smoothing, self.z_loss) if train else (0.0, 0.0)
         with jax.named_scope("cross_entropy"):
             scores = linear_cross_entropy(head, targets, weights, label_smoothing=smoothing, z_loss=z_loss)
-        right, weight = scores.predicted == targets, jnp.sum(weights)
-        terms = {"loss": (scores.loss, weight), "accuracy": (jnp.sum(right * weights), weight)}
-        return terms | self.by_source(scores.nll, weights, sources), right
+        weight = jnp.sum(weights)
+        terms = {"loss": (scores.loss, weight), "accuracy": (jnp.sum(scores.right * weights), weight)}
+        return terms | self.by_source(scores.nll, weights, sources), scores.right
 
 
 def exact_match(

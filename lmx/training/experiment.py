@@ -15,6 +15,7 @@ from lmx.errors import ConfigError
 from lmx.interop.adapters import is_adapter
 from lmx.interop.opening import body_of, locate
 from lmx.interop.pretrained import is_pretrained
+from lmx.kernels import eight_bits
 from lmx.kernels.attention import Choice
 from lmx.models.attention import attention_form
 from lmx.models.flops import forward_flops
@@ -166,6 +167,8 @@ def build(asked: Config, workdir: Path, console: Console, devices: Any = None) -
     objective = make_objective(config, tokenizer)
     experiment = Experiment(config, asked, tokenizer, objective, Transformer(config.model), layout, split)
     experiment.attention_forms()
+    if config.model.products != "dtype":
+        eight_bits.library()
     return experiment
 
 

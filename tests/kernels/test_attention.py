@@ -135,7 +135,12 @@ def chosen(platform, asked="auto", mesh=None, monkeypatch=None, **case):
     [
         ("gpu", {}, "cudnn", ""),
         ("gpu", {"dtype": "float32"}, "blockwise", "model.dtype is float32"),
-        ("gpu", {"has_bias": True}, "blockwise", "gradient for a bias by distance"),
+        ("gpu", {"has_bias": True, "rows": 4}, "cudnn", ""),
+        ("gpu", {"has_bias": True, "rows": 32}, "blockwise", "would hold 6.0 GiB of biases by distance"),
+        ("gpu", {"has_bias": True, "is_whole": True, "queries": 1023, "keys": 1023}, "plain", "even length"),
+        ("gpu", {"mesh": {"tensor": 4}, "heads": 6}, "blockwise", "heads of 6 does not divide over 4 devices"),
+        ("gpu", {"has_bias": True, "rows": 32, "is_whole": True}, "cudnn", ""),
+        ("gpu", {"has_bias": True, "rows": 16, "mesh": {"data": 2, "tensor": 2}}, "cudnn", ""),
         ("gpu", {"has_dropout": True}, "blockwise", "model.attention_dropout"),
         ("gpu", {"head_dim": 160}, "blockwise", "at most 128 wide, not 160"),
         ("gpu", {"queries": 1023, "keys": 1023}, "plain", "even length, not 1023"),

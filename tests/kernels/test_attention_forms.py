@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmx.config import Mesh
+from lmx.kernels.attention import cudnn
 from lmx.kernels.attention.blockwise import blockwise_attention
 from lmx.kernels.attention.pallas import pallas_attention
 from lmx.kernels.attention.plain import plain_attention
@@ -98,7 +99,7 @@ def test_rounds_like_bfloat16_and_no_worse(form):
     assert_close(with_gradients(FORMS[form], problem, jnp.bfloat16), by_formula(problem), 2e-2)
 
 
-@pytest.mark.parametrize("form", ["blockwise", "pallas"])
+@pytest.mark.parametrize("form", FORMS)
 def test_dropout_is_one_mask_for_both_passes_and_all_forms(form):
     problem = draw(np.random.default_rng(0), queries=150, causal=True, bias=True)
     rng = jax.random.key(3)
@@ -106,6 +107,26 @@ def test_dropout_is_one_mask_for_both_passes_and_all_forms(form):
     words = stream_words(rng, (2, 4))[:, :, None, None]
     kept = stream_factors(words[..., 0], words[..., 1], jnp.arange(150 * 150).reshape(150, 150), 0.3)
     assert_close(found, by_formula(problem, np.float64(kept)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [{}, {"causal": True}, {"causal": True, "prefix": True, "window": 30}, {"causal": True, "whole": True}],
+    ids=str,
+)
+def test_what_surrounds_cudnns_kernel_is_right(problem, monkeypatch):
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
+    problem = draw(np.random.default_rng(0), queries=70, bias=True, **problem)
+    assert_close(with_gradients(cudnn.cudnn_attention, problem), by_formula(problem), 1e-5)
+
+
+def test_large_biases_have_the_gradient_of_what_cudnn_was_given(monkeypatch):
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
+    problem = draw(np.random.default_rng(0), queries=70, bias=True, causal=True).rounded(jnp.bfloat16)
+    problem.bias = np.float64(jnp.asarray(10 * problem.bias, jnp.bfloat16))
+    found = with_gradients(cudnn.cudnn_attention, problem, jnp.bfloat16)[1][3]
+    expected = by_formula(problem)[1][3]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * abs(expected).max())
 
 
 @pytest.mark.parametrize(

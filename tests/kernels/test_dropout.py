@@ -1,5 +1,7 @@
 """Dropout keeps what it should, as often as it should, and its mask is the key's alone."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,9 +25,21 @@ def test_values_are_zero_at_the_rate_and_scaled_so_that_the_mean_stays(shape, ra
 
 def test_neighbours_are_independent():
     kept = np.asarray(dropout(KEY, jnp.ones((1000, 1000)), 0.5)) != 0
-    for axis in (0, 1):  # two values share a word of random bits along the last axis
-        both = np.take(kept, range(0, 1000, 2), axis) & np.take(kept, range(1, 1000, 2), axis)
+    for axis, step in itertools.product((0, 1), (1, 2, 8, 64)):
+        ahead = np.take(kept, range(step, 1000), axis)
+        both = ahead & np.take(kept, range(1000 - step), axis)
         assert abs(both.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / both.size)
+
+
+def test_keys_are_independent_and_streams_too():
+    kept = np.stack([np.asarray(dropout(jax.random.key(i), jnp.ones((50, 4000)), 0.5)) != 0 for i in range(4)])
+    for one, other in [*itertools.combinations(kept, 2), *itertools.pairwise(kept.swapaxes(0, 1))]:
+        assert abs((one & other).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / one.size)
+
+
+def test_nothing_as_large_as_the_mask_is_kept():
+    _, back = jax.vjp(lambda x: dropout(KEY, x, 0.5), jnp.ones((100, 100)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(back) if hasattr(leaf, "size")) <= 200
 
 
 def test_rates_at_the_ends():

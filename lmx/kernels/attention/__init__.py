@@ -19,6 +19,8 @@ from lmx.parallel.sharding import current_layout, current_platform
 __all__ = ["Case", "Choice", "Mask", "attention", "attention_weights", "choose"]
 
 LONG = 1024  # queries and keys from which plain attention's square of them is no longer worth its simplicity
+# Bytes of a device that cuDNN's biases of every query and key may take: an encoder's, a decoder's and a gradient.
+MOST_OF_BIAS = 2**30
 FUSED = {"gpu": "cudnn", "tpu": "pallas"}
 NAMES = {"plain": "plain XLA", "blockwise": "blockwise XLA", "cudnn": "cuDNN's fused kernel", "pallas": "Pallas kernel"}
 
@@ -98,19 +100,21 @@ def _lacks(fused: str, case: Case) -> str:
     if _shards("length") > 1 and (fused == "cudnn" or case.has_bias):
         biased = " with a bias by distance" if case.has_bias else ""
         return f"{NAMES[fused]} needs whole rows{biased} on a device (mesh.sequence)"
+    sizes = {"batch": case.rows, "length": case.queries, "heads": case.heads}
+    if uneven := [name for name, size in sizes.items() if size > _shards(name) and size % _shards(name)]:
+        return f"{uneven[0]} of {sizes[uneven[0]]} does not divide over {_shards(uneven[0])} devices"
     if fused == "pallas":
-        sizes = {"batch": case.rows, "length": case.queries, "heads": case.heads}
-        uneven = [name for name, size in sizes.items() if size > _shards(name) and size % _shards(name)]
-        return f"{uneven[0]} of {sizes[uneven[0]]} does not divide over {_shards(uneven[0])} devices" if uneven else ""
+        return ""
     if case.has_dropout:
         return f"{NAMES[fused]} would drop the same weights at every step (model.attention_dropout)"
     if case.dtype not in ("bfloat16", "float16"):
         return f"{NAMES[fused]} computes in 16 bits, and model.dtype is {case.dtype}"
-    if case.has_bias:
-        return f"{NAMES[fused]} has no gradient for a bias by distance (model.position='relative') among segments"
+    held = 3 * case.rows * case.heads * case.queries * case.keys * 2 / _shards("batch") / _shards("heads")
+    if case.has_bias and not case.is_whole and held > MOST_OF_BIAS:
+        return f"{NAMES[fused]} would hold {held / 2**30:.1f} GiB of biases by distance (model.position='relative')"
     if case.head_dim % 8 or case.head_dim > 128:
         return f"{NAMES[fused]} needs heads that are a multiple of 8 and at most 128 wide, not {case.head_dim}"
-    if not case.is_whole and (case.queries % 2 or case.keys % 2):
+    if (not case.is_whole or case.has_bias) and (case.queries % 2 or case.keys % 2):
         return f"{NAMES[fused]} needs rows of even length, not {case.queries} and {case.keys}"
     return ""
 
@@ -168,7 +172,7 @@ def attention(
         case "blockwise":
             return blockwise_attention(query, key, value, mask, bias=bias, **options, **dropout)
         case "cudnn":
-            return cudnn_attention(query, key, value, mask, **options)
+            return cudnn_attention(query, key, value, mask, bias=bias, **options)
         case _:
             from lmx.kernels.attention.pallas import pallas_attention  # takes a while to import
 

@@ -42,24 +42,54 @@ def blockwise_attention(
       block: queries at a time.
     """
     batch, queries, heads, head_dim = query.shape
-    keys, kv_heads = key.shape[1:3]
-    block = min(block, queries)
-    more = -queries % block
-    query = jnp.pad(query * jnp.asarray(scale, query.dtype), ((0, 0), (0, more), (0, 0), (0, 0)))
-    rows = mask.rows()
-    rows["query_segments"] = jnp.pad(rows["query_segments"], ((0, 0), (0, more)))
+    kv_heads = key.shape[2]
+    options, rows = _cut(mask, window, block, dropout_rate)
+    scaled = _by_head(query * jnp.asarray(scale, query.dtype), kv_heads, options)
     if bias is not None:
-        bias = jnp.pad(bias.astype(jnp.float32), ((0, 0), (more, 0))).reshape(kv_heads, heads // kv_heads, -1)
-    query = query.reshape(batch, queries + more, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-    key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))
-    ahead = not mask.causal or mask.prefix is not None
-    bands = _bands(queries + more, keys, block, ahead, window)
-    options = _Options(bands, block, window, mask.causal, mask.whole, dropout_rate)
+        bias = _padded_bias(bias, kv_heads, queries, options)
     words = None
     if dropout_rate:
         words = stream_words(dropout_rng, (batch, heads)).reshape(batch, kv_heads, -1, 1, 1, 2)
-    output = _attention(options, query, key, value, bias, (rows, words))
-    return output.transpose(0, 3, 1, 2, 4).reshape(batch, queries + more, heads, head_dim)[:, :queries]
+    output = _attention(options, scaled, *(x.transpose(0, 2, 1, 3) for x in (key, value)), bias, (rows, words))
+    return output.transpose(0, 3, 1, 2, 4).reshape(batch, -1, heads, head_dim)[:, :queries]
+
+
+def gradient_of_bias(
+    query: Float[Array, "batch query heads head_dim"],
+    key: Float[Array, "batch key kv_heads head_dim"],
+    value: Float[Array, "batch key kv_heads head_dim"],
+    mask: Mask,
+    bias: Float[Array, "heads distances"],
+    output: Float[Array, "batch query heads head_dim"],
+    gradient: Float[Array, "batch query heads head_dim"],
+    *,
+    scale: float = 1.0,
+    window: int = 0,
+    block: int = BLOCK,
+) -> Float[Array, "heads distances"]:
+    """What the backward pass of :func:`blockwise_attention` gives for ``bias``, for a kernel that does not.
+
+    Args:
+      output: of the attention.
+      gradient: of the loss by ``output``.
+    """
+    kv_heads, queries = key.shape[2], query.shape[1]
+    options, rows = _cut(mask, window, block)
+    padded = _padded_bias(bias, kv_heads, queries, options)
+    query, output, gradient = (
+        _by_head(x, kv_heads, options) for x in (query * jnp.asarray(scale, query.dtype), output, gradient)
+    )
+    key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))
+    delta = _delta(gradient, output)
+
+    def one(total, first, band):
+        block = _Block.of(options, band, first, query, key, value, (rows, None))
+        _, _, log_total = block.softmax(padded)
+        _, _, of_scores, back_to_bias = block.backward(padded, log_total, delta, gradient)
+        return total + back_to_bias(of_scores)[0], ()
+
+    total, _ = _over_blocks(options, one, jnp.zeros_like(padded))
+    return total.reshape(bias.shape[0], -1)[:, -bias.shape[1] :].astype(bias.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +135,34 @@ def _bands(queries: int, keys: int, block: int, ahead: bool, window: int) -> tup
     )
 
 
+def _cut(mask: Mask, window: int, block: int, dropout_rate: float = 0.0) -> tuple[_Options, dict[str, Array]]:
+    """How a mask's rows are computed, and what it says of each token with queries padded to whole blocks."""
+    rows = mask.rows()
+    queries, keys = rows["query_segments"].shape[1], rows["key_segments"].shape[1]
+    block = min(block, queries)
+    more = -queries % block
+    rows["query_segments"] = jnp.pad(rows["query_segments"], ((0, 0), (0, more)))
+    bands = _bands(queries + more, keys, block, not mask.causal or mask.prefix is not None, window)
+    return _Options(bands, block, window, mask.causal, mask.whole, dropout_rate), rows
+
+
+def _by_head(x: Array, kv_heads: int, options: _Options) -> Array:
+    """[batch, query, heads, …] as [batch, kv_heads, group, query, …], padded to whole blocks."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % options.block), (0, 0), (0, 0)))
+    return x.reshape(*x.shape[:2], kv_heads, x.shape[2] // kv_heads, -1).transpose(0, 2, 3, 1, 4)
+
+
+def _padded_bias(bias: Array, kv_heads: int, queries: int, options: _Options) -> Array:
+    """[heads, distances] as float32 [kv_heads, group, distances], with those of padding."""
+    padded = jnp.pad(bias.astype(jnp.float32), ((0, 0), (-queries % options.block, 0)))
+    return padded.reshape(kv_heads, bias.shape[0] // kv_heads, -1)
+
+
+def _delta(gradient: Array, output: Array) -> Array:
+    """Each query's weights times their gradients, summed: a part of softmax's backward pass (Dao et al. 2022, B.4)."""
+    return (gradient.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1, keepdims=True)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(options: _Options, query: Array, key: Array, value: Array, bias: Array | None, extra: PyTree) -> Array:
     """Query, scaled, [batch, kv_heads, group, query, head_dim]; key and value [batch, kv_heads, key, head_dim]; bias
@@ -115,15 +173,11 @@ def _attention(options: _Options, query: Array, key: Array, value: Array, bias: 
 def _forward(options: _Options, query, key, value, bias, extra):
     def one(carry, first, band):
         block = _Block.of(options, band, first, query, key, value, extra)
-        scores = block.scores(bias)
-        highest = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - highest)
-        total = weights.sum(-1, keepdims=True)
+        weights, total, log_total = block.softmax(bias)
         dropped = block.dropped(weights).astype(value.dtype)
         output = jnp.einsum("bkgqs,bksd->bkgqd", dropped, block.value, **FLOAT32)
-        seen = highest > NOTHING
-        output = jnp.where(seen, output / total, 0).astype(query.dtype)
-        return carry, (output, jnp.where(seen, highest + jnp.log(total), jnp.inf))
+        output = jnp.where(log_total < jnp.inf, output / total, 0).astype(query.dtype)
+        return carry, (output, log_total)
 
     _, (output, log_total) = _over_blocks(options, one, ())
     return output, (query, key, value, bias, extra, output, log_total)
@@ -131,18 +185,13 @@ def _forward(options: _Options, query, key, value, bias, extra):
 
 def _backward(options: _Options, residuals, gradient):
     query, key, value, bias, extra, output, log_total = residuals
-    delta = (gradient.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1, keepdims=True)
+    delta = _delta(gradient, output)
 
     def one(sums, first, band):
         block = _Block.of(options, band, first, query, key, value, extra)
-        scores, back_to_bias = jax.vjp(block.scores, bias)
-        own, own_total, own_delta = (
-            jax.lax.dynamic_slice_in_dim(x, first, options.block, 3) for x in (gradient, log_total, delta)
-        )
-        weights = jnp.exp(scores - own_total)
+        own_total = block.cut(log_total)
+        weights, own, of_scores, back_to_bias = block.backward(bias, own_total, delta, gradient)
         of_value = jnp.einsum("bkgqs,bkgqd->bksd", block.dropped(weights).astype(own.dtype), own, **FLOAT32)
-        of_weights = block.dropped(jnp.einsum("bkgqd,bksd->bkgqs", own, block.value, **FLOAT32))
-        of_scores = weights * (of_weights - own_delta)
         low = of_scores.astype(key.dtype)
         of_query = jnp.einsum("bkgqs,bksd->bkgqd", low, block.key, **FLOAT32)
         of_key = jnp.einsum("bkgqs,bkgqd->bksd", low, block.query, **FLOAT32)
@@ -201,6 +250,29 @@ class _Block:
             matrix = bias_matrix(own.reshape(-1, own.shape[2]), queries)
             scores += matrix.reshape(*own.shape[:2], *matrix.shape[1:])
         return jnp.where(allowed(self.mask, *self.places(), self.options.window)[:, None, None], scores, NOTHING)
+
+    def softmax(self, bias: Array | None) -> tuple[Array, Array, Array]:
+        """Weights, what each query's are to be divided by, and the logarithm to be taken from its scores instead, which
+        is infinite if it sees nothing."""
+        scores = self.scores(bias)
+        highest = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(-1, keepdims=True)
+        return weights, total, jnp.where(highest > NOTHING, highest + jnp.log(total), jnp.inf)
+
+    def cut(self, x: Array) -> Array:
+        """The block's part of what there is for every query."""
+        return jax.lax.dynamic_slice_in_dim(x, self.first, self.options.block, 3)
+
+    def backward(
+        self, bias: Array | None, log_total: Array, delta: Array, gradient: Array
+    ) -> tuple[Array, Array, Array, Callable]:
+        """The block's weights, its part of ``gradient``, the gradient of its scores, and from that to the bias's."""
+        scores, back_to_bias = jax.vjp(self.scores, bias)
+        own, own_delta = self.cut(gradient), self.cut(delta)
+        weights = jnp.exp(scores - log_total)
+        of_weights = self.dropped(jnp.einsum("bkgqd,bksd->bkgqs", own, self.value, **FLOAT32))
+        return weights, own, weights * (of_weights - own_delta), back_to_bias
 
     def dropped(self, weights: Array) -> Array:
         """After dropout, the same one whenever it is asked for."""

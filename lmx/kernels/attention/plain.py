@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from lmx.kernels.attention.mask import Mask, bias_matrix
-from lmx.kernels.dropout import dropout
+from lmx.kernels.dropout import stream_dropout, stream_words
 from lmx.kernels.int8 import Quantized
 
 
@@ -24,7 +24,7 @@ def plain_attention(
     """``softmax(Q K^T scale + bias) V``; see :func:`lmx.kernels.attention.attention`."""
     weights = attention_weights(query, key, mask, scale=scale, window=window, bias=bias)
     if dropout_rate:
-        weights = dropout(dropout_rng, weights, dropout_rate)
+        weights = stream_dropout(dropout_rate, stream_words(dropout_rng, weights.shape[:2]), weights)
     batch, heads, queries, keys = weights.shape
     weights = weights.reshape(batch, value.shape[2], -1, queries, keys)
     if isinstance(value, Quantized):  # the scales are of weights then: values are only converted as they are read
