@@ -46,18 +46,18 @@ def compiled(case: Case, devices: str, attention: str) -> dict:
 
 
 def squares(text: str, length: int, vocab: int) -> list[str]:
-    """The float32 buffers of [length, length] and of [length, vocab] in a program, in whatever order."""
+    """The buffers of [length, length] and of [length, vocab] in a program, in whatever order and type."""
     found = set()
     fused = False
     for line in text.splitlines():
         if line and not line.startswith(" "):  # a computation begins or ends; the bodies of fusions hold no buffers
             fused = "fused" in line or "fusion" in line.split("(")[0]
-        shape = re.match(r"\s+(?:ROOT )?%?\S+ = f32\[([\d,]+)\]", line)
+        shape = re.match(r"\s+(?:ROOT )?%?\S+ = (b?f\d+)\[([\d,]+)\]", line)
         if fused or not shape:
             continue
-        sizes = [int(size) for size in shape[1].split(",")]
+        sizes = [int(size) for size in shape[2].split(",")]
         if sizes.count(length) >= 2 or (length in sizes and vocab in sizes):
-            found.add(f"f32[{shape[1]}]")
+            found.add(f"{shape[1]}[{shape[2]}]")
     return sorted(found)
 
 
@@ -100,7 +100,8 @@ def _write(path: Path | None, steps: dict) -> None:
         ours, plain = forms["auto"]["temporaries"], forms["plain"]["temporaries"]
         row = {"name": f"{name}: temporaries", "value": ours, "unit": "bytes"}
         rows.append(row | ({"ratio": ours / plain, "goal": MOST} if ours and plain else {}))
-        rows.append({"name": f"{name}: large buffers", "value": len(forms["auto"]["squares"]), "unit": ""})
+        large = [shape for shape in forms["auto"]["squares"] if shape.startswith("f32")]
+        rows.append({"name": f"{name}: float32 of [length, length or vocab]", "value": len(large), "unit": ""})
     path.write_text(json.dumps({"rows": rows, "steps": steps}, indent=2) + "\n")
 
 

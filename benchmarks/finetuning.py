@@ -194,9 +194,10 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = args.checkpoint or bundled_bert()
     if args.run:
-        from lmx.allocator import keep_freed_memory
+        from lmx.allocator import compute_on_main_thread, keep_freed_memory
 
         keep_freed_memory()
+        compute_on_main_thread()
         task, system, seed = args.run
         experiment = experiment_of(task, args.data.resolve(), checkpoint, int(seed), system == "lora")
         run = run_transformers(experiment, checkpoint) if system == "transformers" else run_lmx(experiment)

@@ -1,25 +1,42 @@
-"""How the C library gives memory to a computation on a CPU."""
+"""How a computation on a CPU gets its memory from the C library."""
 
-import contextlib
 import ctypes
 import importlib.util
 import os
+import sys
 
 ACCELERATORS = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin")
-# Of glibc's mallopt (malloc.h): one heap for all threads, no block outside of it, nothing of it given back.
-OPTIONS = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1)}
+OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1)}  # of glibc's mallopt (malloc.h)
+
+
+def computes_on_cpu() -> bool:
+    """Whether JAX will, as far as can be told without it."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return platforms == "cpu" or not (platforms or any(map(importlib.util.find_spec, ACCELERATORS)))
 
 
 def keep_freed_memory() -> None:
-    """Lets this process use its memory again, where JAX computes on a CPU; before JAX is imported.
+    """Lets this process use its memory again, if it computes on a CPU; to be called before JAX is imported.
 
     A step's temporaries are some large blocks. The C library gives such blocks back to the system as soon as they are
     free, which then clears every page of them again for the next step: about a seventh of a small model's step. PyTorch
-    advises its users to change the allocator for the same reason. It does nothing where the C library is not glibc.
+    advises its users to change the allocator for the same reason. Here no block is taken from outside of the heap, and
+    nothing of the heap is given back. It does nothing where the C library is not glibc.
     """
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms == "cpu" or not (platforms or any(map(importlib.util.find_spec, ACCELERATORS))):
-        with contextlib.suppress(AttributeError, OSError, TypeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            for option, value in OPTIONS.values():
-                mallopt(option, value)
+    if "jax" in sys.modules or not computes_on_cpu():
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for option, value in OPTIONS.values():
+        mallopt(option, value)
+
+
+def compute_on_main_thread() -> None:
+    """Lets JAX compute on the thread that asks, before it computes anything: only the main thread's heap may be large,
+    and others get blocks from outside of it after all."""
+    import jax
+
+    if computes_on_cpu():
+        jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lmx.allocator import keep_freed_memory
+from lmx.allocator import compute_on_main_thread, keep_freed_memory
 from lmx.arguments import make_parser
 from lmx.errors import LmxError
 
@@ -48,11 +48,10 @@ def _train(args: argparse.Namespace, overrides: list[str], console: Console) -> 
     config = read_config_file(args.config, overrides)
     from lmx.parallel import processes
 
+    _set_up_jax()
     processes.start(args.coordinator, args.num_processes, args.process_id)
-    from lmx.training.loop import train
-
-    _use_compilation_cache()
     from lmx.planning.command import explains_out_of_memory
+    from lmx.training.loop import train
 
     with processes.ends_with_peers(args.workdir), explains_out_of_memory(config, console):
         console = console if processes.is_first() else Console(quiet=True)
@@ -69,7 +68,7 @@ def _plan(args: argparse.Namespace, overrides: list[str], console: Console) -> N
     config = read_config_file(args.config, overrides)
     from lmx.planning.command import plan
 
-    _use_compilation_cache()
+    _set_up_jax()
     plan(config, args.devices, console, args.json, args.html, args.shardings, args.search)
 
 
@@ -94,7 +93,7 @@ def _launch(args: argparse.Namespace, overrides: list[str], console: Console) ->
 def _eval(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
     from lmx.evaluation.held_out import evaluate_workdir
 
-    _use_compilation_cache()
+    _set_up_jax()
     scores = evaluate_workdir(args.workdir, source=args.data, task=args.task, console=console)
     for name, value in scores.items():
         console.print(f"{name} = {value:.6g}", highlight=False)
@@ -106,7 +105,7 @@ def _eval(args: argparse.Namespace, overrides: list[str], console: Console) -> N
 def _generate(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
     import lmx
 
-    _use_compilation_cache()
+    _set_up_jax()
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "num_beams", "length_penalty", "seed")
     settings = {name: getattr(args, name) for name in (*names, "draft_tokens", "int8_cache")}
     model = lmx.load(args.workdir)
@@ -204,10 +203,11 @@ def _config(args: argparse.Namespace, overrides: list[str]):
     return read_config_file(args.config, overrides)
 
 
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs between commands, where JAX is not told otherwise."""
+def _set_up_jax() -> None:
+    """Keeps compiled programs between commands, where JAX is not told otherwise, and memory between steps."""
     import jax
 
+    compute_on_main_thread()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "lmx" / "jax"))

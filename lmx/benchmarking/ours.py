@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from safetensors.numpy import save_file
 
+from lmx.allocator import compute_on_main_thread
 from lmx.benchmarking.batches import random_batch
 from lmx.benchmarking.cases import Case
 from lmx.benchmarking.work import BATCH, BATCHES, Work, prompts_of
@@ -29,6 +30,8 @@ from lmx.text.pipeline import BATCHES_AHEAD
 from lmx.training.experiment import Experiment, record_fields
 from lmx.training.initial import initial_state
 from lmx.training.loop import compiled_train_step
+
+compute_on_main_thread()
 
 
 def open_work(case: Case, folder: Path, system: str) -> Work:

@@ -13,14 +13,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lmx.kernels.dispatch import Places, combine, dispatch
-from lmx.kernels.eight_bits import eight_bit_product
 from lmx.kernels.int8 import Quantized
+from lmx.kernels.products import product
 from lmx.model_config import Model
 from lmx.models.feed_forward import activate, is_gated
-from lmx.models.layers import Dropout, Projection, kernel_init, offer_quantized, residual_scale
+from lmx.models.layers import PRODUCT, Dropout, Projection, kernel_init, offer_quantized, residual_scale
 from lmx.parallel.sharding import constrain, current_layout, current_platform
 
 
@@ -120,11 +121,8 @@ class ExpertProjection(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[0], self.axes[2]))
             bias = self.param("bias", init, (experts, self.features)).astype(dtype)
         if sizes is None:
-            if config.products == "dtype" or scale is not None:
-                y = jnp.einsum("bxci,xio->bxco", x, kernel.astype(dtype))
-            else:
-                one = functools.partial(eight_bit_product, num_inputs=1, form=config.products)
-                y = jax.vmap(one, in_axes=(1, 0), out_axes=1)(x, kernel)
+            of_one = functools.partial(product, numbers=config.products if scale is None else "dtype")
+            y = checkpoint_name(jax.vmap(of_one, in_axes=(1, 0), out_axes=1)(x, kernel), PRODUCT)
             scale, bias = (None if of is None else of[:, None] for of in (scale, bias))
         else:
             y = jax.lax.ragged_dot(x, kernel.astype(dtype), sizes)

@@ -11,8 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lmx.kernels.dropout import dropout
-from lmx.kernels.eight_bits import eight_bit_product
-from lmx.kernels.int8 import Quantized, dense, product, quantize
+from lmx.kernels.int8 import Quantized, dense, quantize
+from lmx.kernels.products import product
 from lmx.model_config import Model
 from lmx.models.lora import has_adapter
 from lmx.parallel.sharding import gathered
@@ -78,10 +78,7 @@ class Projection(nn.Module):
         init = kernel_init(self.config, self.num_inputs, scale=self.init_scale)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
         offer_quantized(self, kernel, range(self.num_inputs))
-        if self.config.products == "dtype" or isinstance(kernel, Quantized):
-            y = product(x.astype(dtype), kernel, self.num_inputs)
-        else:
-            y = eight_bit_product(x.astype(dtype), kernel, self.num_inputs, self.config.products)
+        y = product(x.astype(dtype), kernel, self.num_inputs, self.config.products)
         y = checkpoint_name(y, PRODUCT)
         if self.config.use_bias if self.use_bias is None else self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_inputs :])
