@@ -10,7 +10,7 @@ import pytest
 
 from lmx.allocator import computes_on_cpu
 
-STEP_TWICE = """
+STEPS = """
 import resource, sys
 from lmx.allocator import compute_on_main_thread, keep_freed_memory
 
@@ -21,11 +21,12 @@ import jax
 
 double = jax.jit(lambda x: x * 2)
 x = jax.numpy.ones(25_000_000)
-for _ in range(3):
+faults = []
+for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     double(x).block_until_ready()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults[1:])[3])
 """
 
 
@@ -33,7 +34,7 @@ print(faults)
 def test_pages_are_not_cleared_again():
     def faults(what):
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", STEP_TWICE, what]
+        command = [sys.executable, "-c", STEPS, what]
         return int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
 
     assert faults("keep") < 1000 < faults("leave")  # a hundred MB are 24,000 pages

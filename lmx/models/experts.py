@@ -116,7 +116,7 @@ class ExpertProjection(nn.Module):
         offer_quantized(self, kernel, (1,))
         scale, bias = None, None
         if isinstance(kernel, Quantized):
-            kernel, scale = kernel.values, kernel.scale[:, 0].astype(dtype)
+            kernel, scale = kernel.values.astype(dtype), kernel.scale[:, 0].astype(dtype)
         if config.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[0], self.axes[2]))
             bias = self.param("bias", init, (experts, self.features)).astype(dtype)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmx.config import Experts
+from lmx.config import Experts, RotaryScaling
 from lmx.errors import LmxError
 from lmx.generation import speculative
 from lmx.generation.generate import Draft, generate
@@ -39,6 +39,12 @@ def test_a_draft_of_another_size_and_rows_that_stop():
     draft = Draft(small, small_params, 3)
     assert generate(model, params, PROMPTS, draft=draft, **arguments) == generate(model, params, PROMPTS, **arguments)
     assert generate(model, params, PROMPTS[:1], draft=draft, **arguments) == [free[0][: free[0].index(stop) + 1]]
+
+
+def test_a_draft_with_fewer_places_than_prompts_are_padded_to():
+    (model, params), small = make(position="rotary"), make(position="learned", max_length=13)
+    expected = generate(model, params, PROMPTS, max_new_tokens=7)
+    assert generate(model, params, PROMPTS, max_new_tokens=7, draft=Draft(*small, 2)) == expected
 
 
 def test_a_right_draft_needs_a_pass_for_all_it_proposes_and_one_token_more(monkeypatch):
@@ -107,6 +113,12 @@ def test_sampled_text_has_the_distribution_of_the_model_alone():
         ({"architecture": "encoder_decoder"}, 2, r"draft's model.architecture is 'encoder_decoder'"),
         ({"experts": Experts(num_experts=3)}, 2, r"the draft's experts drop tokens .*eval_capacity_factor=0"),
         ({}, 0, r"must propose at least 1 token at a time, not 0"),
+        ({"max_length": 5}, 2, r"do not fit the draft's model.max_length \(5\)"),
+        (
+            {"position": "rotary", "rotary_scaling": RotaryScaling("dynamic")},
+            2,
+            r"kind='dynamic' .* generate without one",
+        ),
     ],
 )
 def test_a_draft_that_does_not_fit_is_said(fields, num_tokens, message):

@@ -12,10 +12,12 @@ import transformers as hf
 
 import lmx
 from lmx.cli import main
-from lmx.config import Mesh, from_dict, to_dict
+from lmx.config import Config, Mesh, Model, Objective, from_dict, to_dict
 from lmx.errors import CheckpointError, LmxError
 from lmx.generation.generate import generate
+from lmx.interop.opening import body_of
 from lmx.interop.pretrained import is_pretrained
+from lmx.interop.writing import save_pretrained
 from lmx.language_model import LanguageModel
 from lmx.models.transformer import Transformer
 from lmx.parallel.sharding import Layout, use_layout
@@ -47,6 +49,16 @@ def test_load_gives_what_transformers_gives_from_text(tmp_path):
         np.testing.assert_allclose(
             np.asarray(ours[f"encoder/{name}"])[real], state.detach().numpy()[real], atol=1e-5, err_msg=name
         )
+
+
+def test_how_numbers_are_multiplied_stays_the_runs_own(tmp_path):
+    folder = published(tmp_path / "first")
+    model = Model(products="int8", architecture="encoder", heads=("mlm",))
+    config = body_of(Config(model=model, objective=Objective(name="mlm")), folder)
+    assert config.model.products == "int8" and config.model.num_layers == lmx.load(folder).config.model.num_layers
+    params = lmx.load(folder).params
+    save_pretrained(tmp_path / "again", config.model, params, {})  # a file has no word for it
+    assert lmx.load(tmp_path / "again").config.model.products == "dtype"
 
 
 def test_a_body_without_a_head_represents_text_and_scores_nothing(tmp_path):

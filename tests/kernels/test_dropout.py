@@ -42,6 +42,20 @@ def test_nothing_as_large_as_the_mask_is_kept():
     assert sum(leaf.size for leaf in jax.tree.leaves(back) if hasattr(leaf, "size")) <= 200
 
 
+def test_a_layer_that_is_computed_again_drops_the_same():
+    def loss(x, again):
+        def layer(x, key):
+            return dropout(key, jnp.sin(x), 0.5), None
+
+        keys = jax.random.split(KEY, 3)
+        return (jax.lax.scan(jax.checkpoint(layer) if again else layer, x, keys)[0] ** 2).sum()
+
+    x = jnp.linspace(0.1, 1.0, 100).reshape(4, 25)
+    again, once = (jax.jit(jax.grad(loss), static_argnums=1)(x, again) for again in (True, False))
+    np.testing.assert_allclose(again, once, rtol=1e-6)
+    assert np.count_nonzero(once) and np.count_nonzero(once == 0)
+
+
 def test_rates_at_the_ends():
     x = jnp.arange(4.0)
     np.testing.assert_array_equal(dropout(KEY, x, 0.0), x)
