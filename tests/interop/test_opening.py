@@ -12,7 +12,7 @@ import transformers as hf
 
 import lmx
 from lmx.cli import main
-from lmx.config import Config, Mesh, Model, Objective, from_dict, to_dict
+from lmx.config import Config, Data, Mesh, Model, Objective, from_dict, to_dict
 from lmx.errors import CheckpointError, LmxError
 from lmx.generation.generate import generate
 from lmx.interop.opening import body_of
@@ -54,10 +54,11 @@ def test_load_gives_what_transformers_gives_from_text(tmp_path):
 def test_how_numbers_are_multiplied_stays_the_runs_own(tmp_path):
     folder = published(tmp_path / "first")
     model = Model(products="int8", architecture="encoder", heads=("mlm",))
-    config = body_of(Config(model=model, objective=Objective(name="mlm")), folder)
+    config = body_of(Config(model=model, objective=Objective(name="mlm"), data=Data(length=64)), folder)
     assert config.model.products == "int8" and config.model.num_layers == lmx.load(folder).config.model.num_layers
-    params = lmx.load(folder).params
-    save_pretrained(tmp_path / "again", config.model, params, {})  # a file has no word for it
+    (tmp_path / "again").mkdir()
+    save_pretrained(tmp_path / "again", config.model, lmx.load(folder).params, {})  # a file has no word for it
+    (tmp_path / "again" / "vocab.txt").write_text((folder / "vocab.txt").read_text())
     assert lmx.load(tmp_path / "again").config.model.products == "dtype"
 
 
