@@ -19,8 +19,8 @@ def keep_freed_memory() -> None:
     """Lets this process use its memory again, if it computes on a CPU; to be called before JAX is imported.
 
     A step's temporaries are some large blocks. The C library gives such blocks back to the system as soon as they are
-    free, which then clears every page of them again for the next step: about a seventh of a small model's step. PyTorch
-    advises its users to change the allocator for the same reason. Here no block is taken from outside of the heap, and
+    free, which then clears every page of them again for the next step. PyTorch advises its users to change the
+    allocator for the same reason. Here no block is taken from outside of the heap, and
     nothing of the heap is given back. It does nothing where the C library is not glibc.
     """
     if "jax" in sys.modules or not computes_on_cpu():

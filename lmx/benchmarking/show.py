@@ -17,12 +17,8 @@ from lmx.benchmarking.work import PROMPT
 from lmx.training.report import write_page
 
 MIB = 2**20
-RESULTS = {
-    "training": "nats",
-    "generation": "tokens",
-    "input": "tokens",
-    "loading": "",
-}  # what a case's first turn gave
+# What a case's first turn gave.
+RESULTS = {"training": "nats", "generation": "tokens", "input": "tokens", "loading": ""}
 
 
 class Results:

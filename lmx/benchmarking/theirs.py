@@ -115,8 +115,8 @@ def _inputs(case: Case, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch
 
 def _input(case: Case, rows: torch.Tensor) -> Work:
     """Rows in random order, masked by the library's collator, which is told that no token of them is special."""
-    vocabulary = {str(i): i for i in range(case.config.model.vocab_size - 2)} | {"[PAD]": -2, "[MASK]": -1}
-    vocabulary = {token: i % case.config.model.vocab_size for token, i in vocabulary.items()}
+    names = [*map(str, range(case.config.model.vocab_size - 2)), "[PAD]", "[MASK]"]
+    vocabulary = {name: i for i, name in enumerate(names)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[PAD]"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", mask_token="[MASK]")
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=case.config.objective.mask_rate)

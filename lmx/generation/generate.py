@@ -93,13 +93,12 @@ def generate(
     if draft is not None:
         _check_draft(model.config, draft)
     sampling = make_sampling(temperature, top_k, top_p, vocab_size)
-    _check_lengths("model", model.config, prompts, max_new_tokens)
-    if draft is not None:
-        _check_lengths("the draft's model", draft.model.config, prompts, max_new_tokens)
+    configs = {"model": model.config} | ({"the draft's model": draft.model.config} if draft else {})
+    for name, config in configs.items():
+        _check_lengths(name, config, prompts, max_new_tokens)
     if not prompts:
         return []
-    models = [model.config, *([draft.model.config] if draft else [])]
-    length = min(bucket(max(map(len, prompts))), *map(_longest, models))
+    length = min(bucket(max(map(len, prompts))), *map(_longest, configs.values()))
     padded = pad_prompts(prompts, length, pad_id, left=model.config.architecture == "decoder")
     tokens, segments = map(jnp.asarray, padded)
     room = bucket(max_new_tokens) + (draft.num_tokens if draft else 0)

@@ -16,8 +16,7 @@ from lmx.parallel.sharding import constrain
 def gelu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """``x`` times the probability of a smaller standard normal number (Hendrycks & Gimpel 2016, section 2).
 
-    By ``erf`` in float32: ``erfc``, which ``jax.nn.gelu`` takes for the digits of results below 1e-6, is four times as
-    much work on a CPU.
+    By ``erf`` in float32: ``erfc``, which ``jax.nn.gelu`` takes for the digits of the smallest results, is more work.
     """
     half = 0.5 * x.astype(jnp.float32)
     return (half * (1 + jax.lax.erf(half * math.sqrt(2)))).astype(x.dtype)
