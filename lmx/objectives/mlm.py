@@ -40,8 +40,9 @@ class MaskedLanguageModel(TokenObjective):
         objective, length = config.objective, config.data.length
         self.tokenizer = tokenizer
         self.mask_id = special_id(tokenizer, ("mask",), "objective 'mlm'")
-        self.special_ids = np.array(sorted(tokenizer.special_ids), np.int32)
-        self.ordinary_ids = np.setdiff1d(np.arange(tokenizer.vocab_size, dtype=np.int32), self.special_ids)
+        self.is_ordinary = np.ones(tokenizer.vocab_size, bool)
+        self.is_ordinary[sorted(tokenizer.special_ids)] = False
+        self.ordinary_ids = np.flatnonzero(self.is_ordinary).astype(np.int32)
         self.cls, self.sep = optional_id(tokenizer.cls_id), optional_id(tokenizer.sep_id)
         self.mask_rate, self.mask_split = objective.mask_rate, objective.mask_split
         self.whole_word, self.next_sentence = objective.whole_word, objective.next_sentence
@@ -69,11 +70,9 @@ class MaskedLanguageModel(TokenObjective):
             example = {name: row[name] for name in ("tokens", "segments", "positions")}
         original = example["tokens"]
         chosen = self._choose(original, example["segments"], rng)
-        return example | {
-            "tokens": self._corrupt(original, chosen, rng),
-            "targets": original,
-            "weights": chosen.astype(np.float32),
-        }
+        weights = np.zeros(len(original), np.float32)
+        weights[chosen] = 1
+        return example | {"tokens": self._corrupt(original, chosen, rng), "targets": original, "weights": weights}
 
     def _pair(self, tokens: np.ndarray, rng: np.random.Generator, sample: Sample) -> Example:
         split = int(rng.integers(1, max(len(tokens), 2)))
@@ -90,31 +89,29 @@ class MaskedLanguageModel(TokenObjective):
         }
 
     def _choose(self, tokens: np.ndarray, segments: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The positions to predict, as a mask."""
-        ordinary = ~np.isin(tokens, self.special_ids)
+        """The positions to predict, in no order."""
+        ordinary = self.is_ordinary[tokens]
         candidates = np.flatnonzero(ordinary)
-        chosen = np.zeros(len(tokens), bool)
         if len(candidates) == 0:
-            return chosen
+            return candidates
         budget = num_chosen(len(candidates), self.mask_rate)
-        if self.whole_word:
-            edge = np.diff(segments, prepend=0) != 0
-            edge |= ~np.concatenate([[True], ordinary[:-1]])  # what follows a special token is a new word
-            starts = (np.asarray(self.tokenizer.word_starts(tokens), bool) | edge)[candidates]
-            starts[0] = True
-            words = np.split(candidates, np.flatnonzero(starts)[1:])
-            candidates = take_words(words, budget, rng)
-        else:
-            candidates = rng.choice(candidates, budget, replace=False)
-        chosen[candidates] = True
-        return chosen
+        if not self.whole_word:
+            return candidates[np.argpartition(rng.random(len(candidates)), budget - 1)[:budget]]
+        edge = np.diff(segments, prepend=0) != 0
+        edge |= ~np.concatenate([[True], ordinary[:-1]])  # what follows a special token is a new word
+        starts = (np.asarray(self.tokenizer.word_starts(tokens), bool) | edge)[candidates]
+        starts[0] = True
+        words = np.split(candidates, np.flatnonzero(starts)[1:])
+        return take_words(words, budget, rng)
 
     def _corrupt(self, tokens: np.ndarray, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         to_mask, to_random, _ = self.mask_split
-        draw = rng.random(len(tokens))
-        random_tokens = rng.choice(self.ordinary_ids, len(tokens))
-        corrupted = np.where(draw < to_mask, self.mask_id, np.where(draw < to_mask + to_random, random_tokens, tokens))
-        return np.where(chosen, corrupted, tokens).astype(np.int32)
+        draw = rng.random(len(chosen))
+        others = self.ordinary_ids[rng.integers(len(self.ordinary_ids), size=len(chosen))]
+        kept_or_other = np.where(draw < to_mask + to_random, others, tokens[chosen])
+        corrupted = tokens.copy()
+        corrupted[chosen] = np.where(draw < to_mask, self.mask_id, kept_or_other)
+        return corrupted
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         weights = super().weights(batch)
