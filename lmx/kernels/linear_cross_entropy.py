@@ -19,8 +19,8 @@ from lmx.kernels.cross_entropy import cross_entropy_reference, scores, scores_an
 from lmx.kernels.int8 import Quantized, dense
 from lmx.parallel.sharding import constrain, current_layout
 
-# Most logits of a chunk on a device, 128 MiB; with fewer, products are smaller and gradients are summed more often.
-CHUNK_LOGITS = 1 << 25
+# Most logits of a chunk on a device, 256 MiB; with fewer, products are smaller and gradients are summed more often.
+CHUNK_LOGITS = 1 << 26
 CHUNK = ("batch", None, "length", None)  # logical names of a chunk's dimensions, but the last
 
 
@@ -78,7 +78,7 @@ def linear_cross_entropy(
       targets: the right ids.
       weights: what each token counts; they get no gradient.
       label_smoothing, z_loss: see :func:`lmx.kernels.cross_entropy.cross_entropy`.
-      chunk_logits: most logits that a device holds at a time, if one place of each of its rows has no more; none: 2^25.
+      chunk_logits: most logits that a device holds at a time, if one place of each of its rows has no more; none: 2^26.
     """
     vocab_size = unembedding.kernel.shape[0 if unembedding.tied else 1]
     chunks = Chunks.of(*targets.shape, vocab_size, chunk_logits or CHUNK_LOGITS)
@@ -174,30 +174,24 @@ def _scores_and_gradients(scoring, hidden, kernel, bias, targets, weights):
     hidden, kernel, targets, weights = (x.value for x in (hidden, kernel, targets, weights))
     bias = None if bias is None else bias.value
 
-    def body(sums, chunk):
-        loss, of_kernel, of_bias = sums
+    def body(chunk):
         x, targets, weights = chunk
         logits = _chunk_logits(scoring, x, kernel, bias)
         nll, right, of_logits = scores_and_gradient(logits, targets, weights, scoring.label_smoothing, scoring.z_loss)
         of_logits = constrain(of_logits, *CHUNK, "vocab")
-        if of_bias is not None:
-            of_bias += jnp.einsum("abcd,abcdv->acv", jnp.ones_like(weights), of_logits)  # a product sums faster
+        of_kernel = of_bias = None  # else a sum for each shard of the batch, to be added up when all chunks were seen
+        if trains and bias is not None:
+            of_bias = jnp.einsum("abcd,abcdv->acv", jnp.ones_like(weights), of_logits)  # a product sums faster
+            of_bias = constrain(of_bias, "batch", "length", "vocab")
         of_logits = of_logits.astype(x.dtype)
-        if of_kernel is not None:
-            of_kernel += jnp.einsum("abcde,abcdv->acev", x, of_logits, preferred_element_type=jnp.float32)
+        if trains:  # as [embed, vocab], so that no product has to have the logits turned over
+            of_kernel = jnp.einsum("abcde,abcdv->acev", x, of_logits, preferred_element_type=jnp.float32)
+            of_kernel = constrain(of_kernel, "batch", "length", None, "vocab")
         of_x = jnp.einsum(f"abcdv,{_axes(scoring.tied)}->abcde", of_logits, kernel)
-        sums = (loss + jnp.sum(nll * weights), of_kernel, of_bias)
+        sums = (jnp.sum(nll * weights), of_kernel, of_bias)
         return sums, (nll, right, constrain(of_x, *CHUNK, None))
 
-    def zeros(like, *names):
-        """A sum for each shard of the batch: they are added up once, when all chunks have been seen."""
-        shape = (hidden.shape[1], hidden.shape[3], *like.shape)
-        return constrain(jnp.zeros(shape, jnp.float32), "batch", "length", *names)
-
-    # Summed as [embed, vocab], so that no product has to have the logits turned over.
-    of_kernel = zeros(kernel.T if scoring.tied else kernel, None, "vocab") if trains else None
-    of_bias = None if bias is None or not trains else zeros(bias, "vocab")
-    sums, outputs = jax.lax.scan(body, (jnp.zeros(()), of_kernel, of_bias), (hidden, targets, weights))
+    sums, outputs = _summed(body, (hidden, targets, weights))
     loss, of_kernel, of_bias = sums
     nll, right, of_hidden = outputs
     if of_kernel is not None:  # until backward uses it, in parts as the parameter is
@@ -206,6 +200,21 @@ def _scores_and_gradients(scoring, hidden, kernel, bias, targets, weights):
     if of_bias is not None:
         of_bias = _over_shards(of_bias, bias)
     return (loss, nll, right), (of_hidden, of_kernel, of_bias)
+
+
+def _summed(body, chunks):
+    """``body`` of every chunk: the first of its results added up, the second stacked."""
+    first = jax.tree.map(lambda x: x[0], chunks)
+    if len(chunks[0]) == 1:  # no loop, whose large sums would start from zeros
+        sums, outputs = body(first)
+        return sums, jax.tree.map(lambda x: x[None], outputs)
+
+    def add(sums, chunk):
+        more, outputs = body(chunk)
+        return jax.tree.map(jnp.add, sums, more), outputs
+
+    shapes, _ = jax.eval_shape(body, first)
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), chunks)
 
 
 def _over_shards(x, like):

@@ -108,7 +108,7 @@ def make_optimizer(optimizer: Optimizer, steps: int, params: PyTree) -> optax.Gr
     if optimizer.name == "schedule_free_adamw":  # counts from 1 where every other transformation counts from 0
         update = schedule_free(update, lambda count: schedule(count - 1), b1=optimizer.b1)
     if optimizer.clip_norm:
-        update = optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), update)
+        update = optax.chain(_clip_by_global_norm(optimizer.clip_norm), update)
     if optimizer.ema_decay:
         update = optax.chain(update, average_parameters(optimizer.ema_decay))
     mask = trainable(optimizer, params)
@@ -260,6 +260,20 @@ def _muon_labels(tree: PyTree) -> PyTree:
 def _matrices(tree: PyTree) -> PyTree:
     """True for kernels and embedding tables: what is decayed."""
     return _by_name(lambda names, _: names[-1] in ("kernel", "table") and "relative_bias" not in names, tree)
+
+
+def _clip_by_global_norm(norm: float) -> optax.GradientTransformation:
+    """Gradients made shorter, all together, where they are longer than ``norm`` (Pascanu et al. 2013, algorithm 1).
+
+    optax divides each by the norm, and a compiler for CPUs will not divide twice: it stores the quotients for the
+    moments to read, one pass over memory more. A product with one factor it does again.
+    """
+
+    def update(gradients: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+        factor = norm / jnp.maximum(optax.tree.norm(gradients), norm)
+        return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _scale_layers(layer_decay: float, params: PyTree) -> optax.GradientTransformation:
