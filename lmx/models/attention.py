@@ -112,7 +112,7 @@ class Attention(nn.Module):
         """Keys and values of ``context``, or of all slots of the cache once ``context`` has joined what was there."""
         config = self.config
         if self.cross and self.has_variable("cache", "cached_key"):  # the encoder's output does not change
-            return self.get_variable("cache", "cached_key"), self.get_variable("cache", "cached_value")
+            return tuple(_turned(self.get_variable("cache", name)) for name in ("cached_key", "cached_value"))
         kv_heads = config.num_kv_heads or config.num_heads
         axes = ("embed", "kv_heads", "head_dim")
         bias = self._has_bias("qkv")
@@ -128,18 +128,27 @@ class Attention(nn.Module):
         return self._cached("cached_key", key, cache), self._cached("cached_value", value, cache)
 
     def _cached(self, name, new, cache):
-        """Stores what is new; returns what the queries read."""
-        kept = quantize(new, (3,)) if cache.int8 else new
+        """Stores what is new; returns what the queries read.
+
+        Stored as [batch, kv_heads, slots, head_dim]: as the products of decoding read it, which would otherwise turn
+        all of the cache over for every token.
+        """
+        kept = _turned(quantize(new, (3,)) if cache.int8 else new)
         if self.cross:
-            return self.variable("cache", name, lambda: kept).value
+            return _turned(self.variable("cache", name, lambda: kept).value)
         first, slots = 0 if cache.index is None else cache.index, cache.segments.shape[1]
 
         def empty(x):
-            return jnp.zeros((x.shape[0], slots, *x.shape[2:]), x.dtype)
+            return jnp.zeros((*x.shape[:2], slots, x.shape[3]), x.dtype)
 
         def put(into, x):
-            return jax.lax.dynamic_update_slice_in_dim(into, x, first, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(into, x, first, axis=2)
 
         stored = self.variable("cache", name, lambda: jax.tree.map(empty, kept))
         stored.value = jax.tree.map(put, stored.value, kept)
-        return new if cache.index is None else stored.value
+        return new if cache.index is None else _turned(stored.value)
+
+
+def _turned(x):
+    """[batch, tokens, kv_heads, head_dim], quantized or not, with heads before tokens; or back."""
+    return jax.tree.map(lambda part: part.swapaxes(1, 2), x)

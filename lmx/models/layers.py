@@ -85,8 +85,8 @@ class Projection(nn.Module):
             y += self.param("bias", init, self.features).astype(dtype)
         if has_adapter(self.config, self.path):
             down, up = adapter(self, shape, self.axes, self.num_inputs)
-            low = jnp.tensordot(x.astype(dtype), down.astype(dtype), self.num_inputs)
-            y += self.config.lora.alpha / self.config.lora.rank * jnp.tensordot(low, up.astype(dtype), 1)
+            low = product(x.astype(dtype), down, self.num_inputs)
+            y += self.config.lora.alpha / self.config.lora.rank * product(low, up)
         return y
 
 
