@@ -20,8 +20,8 @@ def keep_freed_memory() -> None:
 
     A step's temporaries are some large blocks. The C library gives such blocks back to the system as soon as they are
     free, which then clears every page of them again for the next step. PyTorch advises its users to change the
-    allocator for the same reason. Here no block is taken from outside of the heap, and
-    nothing of the heap is given back. It does nothing where the C library is not glibc.
+    allocator for the same reason. Here no block is taken from outside of the heap, and nothing of the heap is given
+    back. It does nothing where the C library is not glibc.
     """
     if "jax" in sys.modules or not computes_on_cpu():
         return

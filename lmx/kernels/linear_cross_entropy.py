@@ -1,4 +1,4 @@
-"""The last layer and the cross-entropy after it as one, so that the logits of a whole batch never stand in memory.
+"""The last layer and the cross-entropy after it as one, so that the logits of a large batch never all stand in memory.
 
 They are a batch's largest array by far: 1.6 GB for 8 x 1,024 tokens over 50,257 ids. Here they are computed for a
 chunk of the tokens at a time, and where a gradient is wanted it is computed in the same pass, while the chunk is at
