@@ -1,10 +1,11 @@
-"""Every test sees eight CPU devices and a compilation cache that outlives the run."""
+"""Every test sees eight CPU devices, unless it asks for a GPU, and a compilation cache that outlives the run."""
 
 import getpass
 import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is for all workers
 # Most of the time goes into compiling programs that run for milliseconds; without LLVM's passes it takes a third less.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 

@@ -15,12 +15,15 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from lmx.kernels.cross_entropy import cross_entropy_reference, scores, scores_and_gradient
+from lmx.kernels.cross_entropy import cross_entropy_reference, scores, scores_and_gradient, vocab_is_split
 from lmx.kernels.int8 import Quantized, dense
-from lmx.parallel.sharding import constrain, current_layout
+from lmx.parallel.sharding import constrain, current_layout, current_platform
 
-# Most logits of a chunk on a device, 256 MiB; with fewer, products are smaller and gradients are summed more often.
+# Most logits of a chunk on a device, 256 MiB; with fewer, products are smaller and gradients are summed more often. A
+# GPU computes as many as 256 MiB hold in the time that it takes to write them and the sums a few times.
 CHUNK_LOGITS = 1 << 26
+GPU_CHUNK_LOGITS = 1 << 28
+GPU_VOCAB = 128  # what the vocabulary is a multiple of in a GPU's products, whose rows then all begin alike
 CHUNK = ("batch", None, "length", None)  # logical names of a chunk's dimensions, but the last
 
 
@@ -78,11 +81,14 @@ def linear_cross_entropy(
       targets: the right ids.
       weights: what each token counts; they get no gradient.
       label_smoothing, z_loss: see :func:`lmx.kernels.cross_entropy.cross_entropy`.
-      chunk_logits: most logits that a device holds at a time, if one place of each of its rows has no more; none: 2^26.
+      chunk_logits: most logits that a device holds at a time, if one place of each of its rows has no more; none: 2^26,
+        or 2^28 of a GPU.
     """
     vocab_size = unembedding.kernel.shape[0 if unembedding.tied else 1]
-    chunks = Chunks.of(*targets.shape, vocab_size, chunk_logits or CHUNK_LOGITS)
-    scoring = _Scoring(unembedding.tied, label_smoothing, z_loss)
+    on_gpu = current_platform() == "gpu"
+    chunks = Chunks.of(*targets.shape, vocab_size, chunk_logits or (GPU_CHUNK_LOGITS if on_gpu else CHUNK_LOGITS))
+    added = -vocab_size % GPU_VOCAB if on_gpu and not vocab_is_split() else 0
+    scoring = _Scoring(unembedding.tied, label_smoothing, z_loss, vocab_size, added)
     hidden, targets, weights = map(chunks.split, (unembedding.hidden, targets, weights))
     kernel = dense(unembedding.kernel, unembedding.hidden.dtype)
     loss, nll, right = _scores(scoring, hidden, kernel, unembedding.bias, targets, weights)
@@ -152,16 +158,19 @@ class _Scoring(NamedTuple):
     tied: bool
     label_smoothing: float
     z_loss: float
+    vocab_size: int
+    added: int  # logits of no id, so that rows of them are as long as suits a GPU
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scores(scoring, hidden, kernel, bias, targets, weights):
     """The loss, and ``nll`` and ``right`` of every chunk."""
+    kernel, bias = _with_added(scoring, kernel, bias)
 
     def body(loss, chunk):
         x, targets, weights = chunk
         logits = _chunk_logits(scoring, x, kernel, bias)
-        nll, right = scores(logits, targets, scoring.label_smoothing, scoring.z_loss)
+        nll, right = scores(logits, targets, scoring.label_smoothing, scoring.z_loss, scoring.vocab_size)
         return loss + jnp.sum(nll * weights), (nll, right)
 
     loss, (nll, right) = jax.lax.scan(body, jnp.zeros(()), (hidden, targets, weights))
@@ -173,11 +182,14 @@ def _scores_and_gradients(scoring, hidden, kernel, bias, targets, weights):
     trains = kernel.perturbed or (bias is not None and bias.perturbed)
     hidden, kernel, targets, weights = (x.value for x in (hidden, kernel, targets, weights))
     bias = None if bias is None else bias.value
+    wide, wide_bias = _with_added(scoring, kernel, bias)
 
     def body(chunk):
         x, targets, weights = chunk
-        logits = _chunk_logits(scoring, x, kernel, bias)
-        nll, right, of_logits = scores_and_gradient(logits, targets, weights, scoring.label_smoothing, scoring.z_loss)
+        logits = _chunk_logits(scoring, x, wide, wide_bias)
+        nll, right, of_logits = scores_and_gradient(
+            logits, targets, weights, scoring.label_smoothing, scoring.z_loss, scoring.vocab_size
+        )
         of_logits = constrain(of_logits, *CHUNK, "vocab")
         of_kernel = of_bias = None  # else a sum for each shard of the batch, to be added up when all chunks were seen
         if trains and bias is not None:
@@ -187,7 +199,7 @@ def _scores_and_gradients(scoring, hidden, kernel, bias, targets, weights):
         if trains:  # as [embed, vocab], so that no product has to have the logits turned over
             of_kernel = jnp.einsum("abcde,abcdv->acev", x, of_logits, preferred_element_type=jnp.float32)
             of_kernel = constrain(of_kernel, "batch", "length", None, "vocab")
-        of_x = jnp.einsum(f"abcdv,{_axes(scoring.tied)}->abcde", of_logits, kernel)
+        of_x = jnp.einsum(f"abcdv,{_axes(scoring.tied)}->abcde", of_logits, wide)
         sums = (jnp.sum(nll * weights), of_kernel, of_bias)
         return sums, (nll, right, constrain(of_x, *CHUNK, None))
 
@@ -195,10 +207,11 @@ def _scores_and_gradients(scoring, hidden, kernel, bias, targets, weights):
     loss, of_kernel, of_bias = sums
     nll, right, of_hidden = outputs
     if of_kernel is not None:  # until backward uses it, in parts as the parameter is
-        of_kernel = constrain(_over_shards(of_kernel, kernel), "embed", "vocab")
+        of_kernel = _over_shards(of_kernel, kernel)
+        of_kernel = constrain(of_kernel[:, : scoring.vocab_size], "embed", "vocab")
         of_kernel = of_kernel.T if scoring.tied else of_kernel
     if of_bias is not None:
-        of_bias = _over_shards(of_bias, bias)
+        of_bias = _over_shards(of_bias, bias)[: scoring.vocab_size]
     return (loss, nll, right), (of_hidden, of_kernel, of_bias)
 
 
@@ -241,6 +254,15 @@ def _product(hidden, kernel, bias, tied):
     if isinstance(kernel, Quantized):
         logits *= kernel.scale.reshape(-1)
     return logits if bias is None else logits + bias
+
+
+def _with_added(scoring, kernel, bias):
+    """The kernel and the bias with zeros for the logits that are added."""
+    if not scoring.added:
+        return kernel, bias
+    added = ((0, scoring.added), (0, 0))
+    kernel = jnp.pad(kernel, added if scoring.tied else added[::-1])
+    return kernel, None if bias is None else jnp.pad(bias, (0, scoring.added))
 
 
 def _chunk_logits(scoring, x, kernel, bias):

@@ -104,7 +104,7 @@ class Stack(nn.Module):
 
         Not where backward computes layers again: outside of a loop the compiler finds out, and keeps them.
         """
-        return current_platform() == "cpu" and self.config.remat == "none" and length <= MOST_UNROLLED
+        return current_platform() in ("cpu", "gpu") and self.config.remat == "none" and length <= MOST_UNROLLED
 
     def _may_be_pipelined(self, context):
         """Whether nothing is asked for but the output: not when parameters are made, nor to decode or look inside."""

@@ -1,5 +1,6 @@
 """The fused last layer against the definition in float64, and what its compiled program holds."""
 
+import contextlib
 import functools
 
 import jax
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from lmx.config import Mesh
+from lmx.kernels import cross_entropy
+from lmx.kernels import linear_cross_entropy as last_layer
 from lmx.kernels.linear_cross_entropy import Unembedding, linear_cross_entropy, linear_cross_entropy_reference
 from lmx.parallel.sharding import Layout, as_spec, constrain, use_layout
 from lmx.planning.collectives import find_collectives
@@ -56,6 +59,15 @@ def with_gradients(function, head, targets, weights, factor=1.0, **options):
     return scores, gradients
 
 
+@contextlib.contextmanager
+def as_for(platform):
+    """What is compiled within is what would be for another platform."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cross_entropy, last_layer):
+            patch.setattr(module, "current_platform", lambda: platform)
+        yield
+
+
 @pytest.mark.parametrize("examples", [6, pytest.param(60, marks=pytest.mark.slow)])
 def test_equals_the_definition_whatever_the_shapes_and_chunks(examples):
     @settings(max_examples=examples, deadline=None)
@@ -74,12 +86,17 @@ def test_equals_the_definition_whatever_the_shapes_and_chunks(examples):
             linear_cross_entropy, head, targets, weights, factor=-3.0, chunk_logits=chunk, **options
         )
         alone = linear_cross_entropy(head, targets, weights, chunk_logits=chunk, **options)
-        for found in (scores, alone):
+        with as_for("gpu"):
+            also, more = with_gradients(
+                linear_cross_entropy, head, targets, weights, factor=-3.0, chunk_logits=50 * chunk, **options
+            )
+        for found in (scores, alone, also):
             np.testing.assert_allclose(found.loss, loss, rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(found.nll, nll, rtol=1e-5, atol=1e-5)
             np.testing.assert_array_equal(found.right, right)
-        for found, wanted in zip(gradients, expected, strict=False):
+        for found, other, wanted in zip(gradients, more, expected, strict=False):
             np.testing.assert_allclose(found, -3.0 * wanted, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(other, -3.0 * wanted, rtol=1e-4, atol=1e-4)
 
     check()
 

@@ -67,10 +67,10 @@ def make_batch(config, seed=0):
     return batch
 
 
-def run(config, mesh_config=None, devices=1, strategy="pjit", **train):
+def run(config, mesh_config=None, devices=1, strategy="pjit", platform=None, **train):
     """Parameters and metrics after a few steps."""
     config = config.replace(train=train | {"strategy": strategy})
-    layout = Layout.of(mesh_config or Mesh(), jax.devices()[:devices])
+    layout = Layout.of(mesh_config or Mesh(), jax.devices(platform)[:devices])
     experiment = make_experiment(config, layout)
     optimizer = experiment.optimizer()
     state, _ = initial_state(experiment, optimizer, None, Console(quiet=True))

@@ -1,0 +1,1 @@
+"""What only a GPU can show: `JAX_PLATFORMS=cuda,cpu pytest -m gpu`."""
