@@ -135,8 +135,9 @@ def chosen(platform, asked="auto", mesh=None, monkeypatch=None, **case):
     [
         ("gpu", {}, "cudnn", ""),
         ("gpu", {"dtype": "float32"}, "blockwise", "model.dtype is float32"),
-        ("gpu", {"has_bias": True, "rows": 4}, "cudnn", ""),
-        ("gpu", {"has_bias": True, "rows": 32}, "blockwise", "would hold 6.0 GiB of biases by distance"),
+        ("gpu", {"has_bias": True, "head_dim": 112}, "cudnn", ""),
+        ("gpu", {"has_bias": True, "head_dim": 120}, "blockwise", "at most 112 wide, not 120"),
+        ("gpu", {"has_bias": True, "has_prefix": True}, "blockwise", "by distance in rows with a prefix"),
         ("gpu", {"has_bias": True, "is_whole": True, "queries": 1023, "keys": 1023}, "plain", "even length"),
         ("gpu", {"mesh": {"tensor": 4}, "heads": 6}, "blockwise", "heads of 6 does not divide over 4 devices"),
         ("gpu", {"has_bias": True, "rows": 32, "is_whole": True}, "cudnn", ""),

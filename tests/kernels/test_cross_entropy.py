@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmx.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from lmx.kernels import cross_entropy as module
+from lmx.kernels.cross_entropy import cross_entropy, cross_entropy_reference, scores
 
 KEY = jax.random.key(0)
 LOGITS = 3 * jax.random.normal(KEY, (2, 5, 11))
@@ -21,7 +22,10 @@ def test_a_value_by_hand():
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_loss_and_gradient_match_the_reference(label_smoothing, z_loss):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_loss_and_gradient_match_the_reference(label_smoothing, z_loss, platform, monkeypatch):
+    monkeypatch.setattr(module, "current_platform", lambda: platform)
+
     def total(function):
         return lambda logits: jnp.sum(
             jnp.sin(jnp.arange(10.0).reshape(2, 5)) * function(logits, TARGETS, label_smoothing, z_loss)
@@ -35,6 +39,14 @@ def test_loss_and_gradient_match_the_reference(label_smoothing, z_loss):
     np.testing.assert_allclose(
         jax.grad(total(cross_entropy))(LOGITS), jax.grad(total(cross_entropy_reference))(LOGITS), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_target_is_right_where_no_id_is_likelier_and_not_all_are_equal(platform, monkeypatch):
+    monkeypatch.setattr(module, "current_platform", lambda: platform)
+    logits = jnp.array([[1.0, 3.0, 2.0, 9.0], [3.0, 3.0, 2.0, 9.0], [0.7, 0.7, 0.7, 9.0]])  # the fourth is of no id
+    found = [scores(logits, jnp.full(3, target), 0.0, 0.0, vocab_size=3)[1].tolist() for target in range(3)]
+    assert found == [[False, True, False], [True, True, False], [False, False, False]]
 
 
 def test_large_logits_stay_finite_where_the_definition_overflows():

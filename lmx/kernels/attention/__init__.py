@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from lmx.errors import ConfigError
 from lmx.kernels.attention.blockwise import blockwise_attention
-from lmx.kernels.attention.cudnn import cudnn_attention
+from lmx.kernels.attention.cudnn import cudnn_attention, segment_width
 from lmx.kernels.attention.mask import Mask
 from lmx.kernels.attention.plain import attention_weights, plain_attention
 from lmx.kernels.int8 import Quantized
@@ -19,8 +19,7 @@ from lmx.parallel.sharding import current_layout, current_platform
 __all__ = ["Case", "Choice", "Mask", "attention", "attention_weights", "choose"]
 
 LONG = 1024  # queries and keys from which plain attention's square of them is no longer worth its simplicity
-# Bytes of a device that cuDNN's biases of every query and key may take: an encoder's, a decoder's and a gradient.
-MOST_OF_BIAS = 2**30
+WIDEST = 128  # head that cuDNN's kernels take on every GPU
 FUSED = {"gpu": "cudnn", "tpu": "pallas"}
 NAMES = {"plain": "plain XLA", "blockwise": "blockwise XLA", "cudnn": "cuDNN's fused kernel", "pallas": "Pallas kernel"}
 
@@ -34,7 +33,7 @@ class Case:
       dtype: of queries, keys and values.
       has_bias: scores have a bias by distance.
       has_dropout: weights have dropout.
-      is_whole: see :class:`Mask`.
+      has_prefix, is_whole: see :class:`Mask`.
       is_decoding: queries are a few at the end of the keys.
     """
 
@@ -46,6 +45,7 @@ class Case:
     dtype: str
     has_bias: bool = False
     has_dropout: bool = False
+    has_prefix: bool = False
     is_whole: bool = False
     is_decoding: bool = False
 
@@ -109,11 +109,11 @@ def _lacks(fused: str, case: Case) -> str:
         return f"{NAMES[fused]} would drop the same weights at every step (model.attention_dropout)"
     if case.dtype not in ("bfloat16", "float16"):
         return f"{NAMES[fused]} computes in 16 bits, and model.dtype is {case.dtype}"
-    held = 3 * case.rows * case.heads * case.queries * case.keys * 2 / _shards("batch") / _shards("heads")
-    if case.has_bias and not case.is_whole and held > MOST_OF_BIAS:
-        return f"{NAMES[fused]} would hold {held / 2**30:.1f} GiB of biases by distance (model.position='relative')"
-    if case.head_dim % 8 or case.head_dim > 128:
-        return f"{NAMES[fused]} needs heads that are a multiple of 8 and at most 128 wide, not {case.head_dim}"
+    if case.has_bias and case.has_prefix:
+        return f"{NAMES[fused]} has no gradient of a bias by distance in rows with a prefix (model.position='relative')"
+    widest = WIDEST - (segment_width(case.queries, case.keys) if case.has_bias and not case.is_whole else 0)
+    if case.head_dim % 8 or case.head_dim > widest:
+        return f"{NAMES[fused]} needs heads that are a multiple of 8 and at most {widest} wide, not {case.head_dim}"
     if (not case.is_whole or case.has_bias) and (case.queries % 2 or case.keys % 2):
         return f"{NAMES[fused]} needs rows of even length, not {case.queries} and {case.keys}"
     return ""
@@ -161,6 +161,7 @@ def attention(
         query.dtype.name,
         has_bias=bias is not None,
         has_dropout=dropout_rate > 0,
+        has_prefix=mask.prefix is not None,
         is_whole=mask.whole,
         is_decoding=mask.start is not None or query.shape[1] == 1 or isinstance(key, Quantized),
     )

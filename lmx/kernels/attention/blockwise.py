@@ -54,44 +54,6 @@ def blockwise_attention(
     return output.transpose(0, 3, 1, 2, 4).reshape(batch, -1, heads, head_dim)[:, :queries]
 
 
-def gradient_of_bias(
-    query: Float[Array, "batch query heads head_dim"],
-    key: Float[Array, "batch key kv_heads head_dim"],
-    value: Float[Array, "batch key kv_heads head_dim"],
-    mask: Mask,
-    bias: Float[Array, "heads distances"],
-    output: Float[Array, "batch query heads head_dim"],
-    gradient: Float[Array, "batch query heads head_dim"],
-    *,
-    scale: float = 1.0,
-    window: int = 0,
-    block: int = BLOCK,
-) -> Float[Array, "heads distances"]:
-    """What the backward pass of :func:`blockwise_attention` gives for ``bias``, for a kernel that does not.
-
-    Args:
-      output: of the attention.
-      gradient: of the loss by ``output``.
-    """
-    kv_heads, queries = key.shape[2], query.shape[1]
-    options, rows = _cut(mask, window, block)
-    padded = _padded_bias(bias, kv_heads, queries, options)
-    query, output, gradient = (
-        _by_head(x, kv_heads, options) for x in (query * jnp.asarray(scale, query.dtype), output, gradient)
-    )
-    key, value = (x.transpose(0, 2, 1, 3) for x in (key, value))
-    delta = _delta(gradient, output)
-
-    def one(total, first, band):
-        block = _Block.of(options, band, first, query, key, value, (rows, None))
-        _, _, log_total = block.softmax(padded)
-        _, _, of_scores, back_to_bias = block.backward(padded, log_total, delta, gradient)
-        return total + back_to_bias(of_scores)[0], ()
-
-    total, _ = _over_blocks(options, one, jnp.zeros_like(padded))
-    return total.reshape(bias.shape[0], -1)[:, -bias.shape[1] :].astype(bias.dtype)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Band:
     """Blocks of queries that look at equally many keys.
