@@ -163,6 +163,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--only", default="", metavar="TEXT", help="only work with this in its name, such as gpt2")
     bench.add_argument("--json", metavar="FILE", help="also write every number here, as it is measured")
     bench.add_argument("--html", metavar="FILE", help="also write a page with a picture here")
+    bench.add_argument("--profile", metavar="DIR", help="trace lmx's work into here, and print what costs most")
 
 
 def _add_data_commands(command) -> None:

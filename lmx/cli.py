@@ -169,7 +169,7 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str], console: Console)
 def _bench(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
     from lmx.benchmarking.command import bench
 
-    bench(args.suite, console, args.json, args.html, args.only)
+    bench(args.suite, console, args.json, args.html, args.only, args.profile)
 
 
 def _prepare(args: argparse.Namespace, overrides: list[str], console: Console) -> None:

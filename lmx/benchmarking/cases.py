@@ -104,22 +104,24 @@ def _cpu() -> list[Case]:
 
 def _gpu() -> list[Case]:
     half = "bfloat16"
-    medium = Size(12, 768, 16, 1024, half)
-    found = [
-        Case("train gpt2 124m", "training", gpt2(medium), goal=1.2),
-        Case("train bert base packed", "training", bert(Size(12, 768, 32, 512, half)), documents="packed", goal=1.3),
-        Case("train bert base padded", "training", bert(Size(12, 768, 32, 512, half)), documents="padded"),
-        Case("train t5 base", "training", t5(Size(12, 768, 32, 512, half)), goal=1.2),
-        Case(
-            "train switch base 8", "training", t5(Size(12, 768, 32, 512, half), experts=8), ("lmx", "eager"), goal=1.2
-        ),
-        Case("train gpt2 1558m", "training", gpt2(Size(48, 1600, 8, 1024, half), heads=25, remat="dots_no_batch")),
+    medium, long = Size(12, 768, 16, 1024, half), Size(12, 768, 32, 512, half)
+    large = gpt2(Size(48, 1600, 8, 1024, half), heads=25, remat="dots_no_batch")
+    generated = [
+        Case(f"generate gpt2 124m, batch {rows}", "generation", gpt2(medium), goal=goal, prompts=rows, new_tokens=128)
+        for rows, goal in ((64, 3.0), (8, None), (1, None))
     ]
-    for rows, goal in ((1, None), (8, None), (64, 3.0)):
-        name = f"generate gpt2 124m, batch {rows}"
-        found.append(Case(name, "generation", gpt2(medium), goal=goal, prompts=rows, new_tokens=128))
-    read = Case("input of bert base", "input", bert(Size(12, 768, 32, 512, half)), ("lmx", "eager"), None)
-    return [*found, read, Case("load gpt2 124m", "loading", gpt2(medium), ("lmx", "eager"), None)]
+    return [
+        Case("train gpt2 124m", "training", gpt2(medium), goal=1.2),
+        Case("train bert base packed", "training", bert(long), documents="packed", goal=1.3),
+        generated[0],
+        Case("train t5 base", "training", t5(long), goal=1.2),
+        Case("train gpt2 1558m", "training", large, systems=("lmx", "eager")),
+        Case("train switch base 8", "training", t5(long, experts=8), systems=("lmx", "eager"), goal=1.2),
+        Case("train bert base padded", "training", bert(long), documents="padded"),
+        *generated[1:],
+        Case("input of bert base", "input", bert(long), ("lmx", "eager"), None),
+        Case("load gpt2 124m", "loading", gpt2(medium), ("lmx", "eager"), None),
+    ]
 
 
 def _shrunk(case: Case) -> Case:

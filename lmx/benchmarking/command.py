@@ -12,7 +12,12 @@ from lmx.errors import ConfigError, LmxError
 
 
 def bench(
-    suite: str | None, console: Console, json: str | None = None, html: str | None = None, only: str = ""
+    suite: str | None,
+    console: Console,
+    json: str | None = None,
+    html: str | None = None,
+    only: str = "",
+    profile: str | None = None,
 ) -> Results:
     """Measures a suite's cases, one after the other.
 
@@ -20,6 +25,7 @@ def bench(
       suite: "cpu" or "gpu"; none: what this machine has. "gpu" without one runs at small sizes, to be tried out.
       json, html: files to write; the first after every case, so that a long run leaves what it has.
       only: a part of the names of the cases to run; all by default.
+      profile: a folder for traces of lmx's work, of which the operations that cost most are printed.
 
     Raises:
       LmxError: there is no such suite or case, or the peers are not installed.
@@ -44,10 +50,15 @@ def bench(
             console.print("[yellow]no GPU here[/]: the suite runs at small sizes, and its figures mean nothing")
         results = Results(suite, machine(about), matmul_peak(workers, platform))
         for case in chosen:
-            results.measured.append(measure(suite, platform, case, workers, status.update))
+            found = measure(suite, platform, case, workers, status.update, Path(profile) if profile else None)
+            results.measured.append(found)
             if json:
                 results.write_json(json)
     print_table(results, console)
+    for found in results.measured:
+        for name, seconds in found.operations.items():
+            line = f"{found.case.name}: {1e3 * seconds:9.2f} ms  {name}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if html:
         write_html(html, results)
     for path in filter(None, (json, html)):

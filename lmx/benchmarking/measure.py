@@ -1,5 +1,6 @@
 """Systems take turns at the same work, and are timed."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lmx.benchmarking.cases import PEERS, Case
@@ -61,11 +63,13 @@ class Measured:
     Attributes:
       timings: by system.
       errors: of the systems that could not do it.
+      operations: seconds of a turn in those of lmx's that cost most, if it was profiled.
     """
 
     case: Case
     timings: dict[str, Timing]
     errors: dict[str, str]
+    operations: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def best_peer(self) -> tuple[str, Timing] | None:
@@ -143,9 +147,18 @@ def matmul_peak(workers: dict[str, System], platform: str) -> float:
 
 
 def measure(
-    suite: str, platform: str, case: Case, workers: dict[str, System], tell: Callable[[str], Any] = lambda text: None
+    suite: str,
+    platform: str,
+    case: Case,
+    workers: dict[str, System],
+    tell: Callable[[str], Any] = lambda text: None,
+    profile: Path | None = None,
 ) -> Measured:
-    """Lets all systems of a case take turns at it; one that fails is left out from then on."""
+    """Lets all systems of a case take turns at it; one that fails is left out from then on.
+
+    On a GPU, whose host has cores to spare, they get ready at the same time. ``profile`` is where a folder for a trace
+    of lmx's turns is made.
+    """
     found: dict[str, dict[str, Any]] = {}
     errors: dict[str, str] = {}
 
@@ -158,9 +171,12 @@ def measure(
 
     with tempfile.TemporaryDirectory() as folder:
         where = {"suite": suite, "platform": platform, "name": case.name, "folder": folder}
-        for name in case.systems:
-            tell(f"{case.name}: {name} gets ready")
-            found[name] = {"seconds": [], "first_token": []} | ask(name, "open", **where)
+        tell(f"{case.name}: getting ready")
+        ask("lmx", "prepare", **where)
+        with concurrent.futures.ThreadPoolExecutor(len(case.systems) if platform == "gpu" else 1) as pool:
+            opened = list(pool.map(lambda name: {} if name in errors else ask(name, "open", **where), case.systems))
+        for name, one in zip(case.systems, opened, strict=True):
+            found[name] = {"seconds": [], "first_token": []} | one
         start, (fewest, most) = time.perf_counter(), ROUNDS
         for turn in range(most):
             if turn >= fewest and time.perf_counter() - start > SECONDS:
@@ -170,6 +186,12 @@ def measure(
                 found[name]["seconds"] += ask(name, "run").get("seconds", [])
                 if case.kind == "generation" and turn < fewest:
                     found[name]["first_token"] += ask(name, "run", first_token=True).get("seconds", [])
+        operations = {}
+        if profile is not None and "lmx" not in errors:
+            traces = profile / case.name.replace(",", "").replace(" ", "_")
+            traces.mkdir(parents=True, exist_ok=True)
+            operations = ask("lmx", "profile", folder=str(traces)).get("operations", {})
         for name in [name for name in found if name not in errors]:
             found[name] |= ask(name, "close")
-    return Measured(case, {name: Timing(**one) for name, one in found.items() if name not in errors}, errors)
+    timings = {name: Timing(**one) for name, one in found.items() if name not in errors}
+    return Measured(case, timings, errors, operations)

@@ -1,8 +1,10 @@
 """The work of each case, done by lmx."""
 
 import dataclasses
+import functools
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +32,41 @@ from lmx.text.pipeline import BATCHES_AHEAD
 from lmx.training.experiment import Experiment, record_fields
 from lmx.training.initial import initial_state
 from lmx.training.loop import compiled_train_step
+from lmx.training.profiling import SHOWN, STEPS, newest_trace, operation_costs
 
+PROGRAM = "program.txt"  # of a profile: the compiled step
 compute_on_main_thread()
 
 
-def open_work(case: Case, folder: Path, system: str) -> Work:
-    """Gets ready for the work of a case; the first to come writes the model to ``folder`` for all others."""
+def prepare(case: Case, folder: Path) -> Callable[[], Work]:
+    """Writes the model and what it reads to ``folder``, for all systems; what is returned gets ready for the work."""
     experiment = abstract_experiment(case.config, open_target(HERE))
     if case.kind == "input":
-        return _input(experiment, folder)
+        _rows(experiment, folder)
+        return functools.partial(_input, experiment)
     state, _ = initial_state(experiment, experiment.optimizer(), None, Console(quiet=True))
-    if not (folder / "config.json").exists():
-        save_pretrained(folder, _published(case.config), state.params, {})
+    save_pretrained(folder, _published(case.config), state.params, {})
     if case.kind == "training":
         shapes = {name: x.shape for name, x in abstract_batch(experiment).items()}
         batch = random_batch(case.config, shapes, case.documents)
         save_file(batch, folder / BATCH)
-        return _training(experiment, state, batch)
+        return functools.partial(_training, experiment, state, batch)
     if case.kind == "generation":
         params = jax.tree.map(lambda x: x.astype(case.config.model.dtype), state.params)
-        return _generation(case, experiment, params)
-    return Work(lambda: _load(folder, experiment))
+        return functools.partial(_generation, case, experiment, params)
+    return lambda: Work(lambda: _load(folder, experiment))
+
+
+def profile(work: Work, folder: Path) -> dict[str, float]:
+    """Traces some turns into ``folder``; seconds of a turn in the operations that cost most, of a training step."""
+    with jax.profiler.trace(str(folder)):
+        for _ in range(STEPS):
+            work.run()
+    if work.program is None:
+        return {}
+    (folder / PROGRAM).write_text(work.program)
+    costs = operation_costs(newest_trace(folder), work.program)
+    return {name: seconds / STEPS for name, seconds in costs.most_common(SHOWN)}
 
 
 def _published(config: Config) -> Model:
@@ -66,6 +82,10 @@ def peak_memory() -> float | None:
     """Most bytes that the device has held, in the cases before too; none where it does not tell (a CPU)."""
     stats = jax.devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else None
+
+
+def free_memory() -> None:
+    """JAX keeps its memory for the next case."""
 
 
 def matmul_rate(size: int, dtype: str) -> float:
@@ -98,7 +118,7 @@ def _training(experiment: Experiment, state: Any, batch: dict[str, np.ndarray]) 
         return float(total / weight)
 
     flops = 3 * experiment.config.train.global_batch_size * experiment.row_tokens_and_flops()[1]
-    return Work(run, {"compile": compiling, "flops": flops})
+    return Work(run, {"compile": compiling, "flops": flops}, program=step.as_text())
 
 
 def _generation(case: Case, experiment: Experiment, params: Any) -> Work:
@@ -111,13 +131,16 @@ def _generation(case: Case, experiment: Experiment, params: Any) -> Work:
     return Work(run, first_token=lambda: run(1))
 
 
-def _input(experiment: Experiment, folder: Path) -> Work:
-    """Batches of the built-in text; its tokens are left for the others, cut into rows of the same length."""
+def _rows(experiment: Experiment, folder: Path) -> None:
+    """Leaves the tokens of the built-in text for the others, cut into rows of the same length."""
     config = experiment.config
     source = open_source(config.data.train, record_fields(config))
     tokens = token_store(source, experiment.tokenizer, config.data.text_field).tokens
     rows = tokens[: len(tokens) // config.data.length * config.data.length].reshape(-1, config.data.length)
     save_file({"rows": rows}, folder / BATCH)
+
+
+def _input(experiment: Experiment) -> Work:
     batches = experiment.train_batches()
 
     def run() -> int:

@@ -42,6 +42,12 @@ def peak_memory() -> float | None:
     return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
 
 
+def free_memory() -> None:
+    """Gives the device's memory back to the other systems."""
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
 def matmul_rate(size: int, dtype: str) -> float:
     """FLOP/s of one square matrix product."""
     x = torch.ones((size, size), dtype=getattr(torch, dtype), device=DEVICE)

@@ -20,11 +20,13 @@ class Work:
       run: does it once and waits for the end; returns what tells that it was done (a loss, tokens made).
       facts: ``compile``, the seconds that it took, and ``flops`` of a run, where they are known.
       first_token: of generation: up to the first new token.
+      program: the compiled program, where it is one.
     """
 
     run: Callable[[], float]
     facts: dict[str, float] = dataclasses.field(default_factory=dict)
     first_token: Callable[[], float] | None = None
+    program: str | None = None
 
 
 def prompts_of(case: Case) -> list[list[int]]:

@@ -11,11 +11,12 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lmx.allocator import keep_freed_memory
-from lmx.benchmarking.cases import cases
+from lmx.benchmarking.cases import Case, cases
 from lmx.benchmarking.work import Work
 
 RESET_PEAK = "5"  # proc(5), clear_refs: the peak of resident memory starts afresh
@@ -28,13 +29,26 @@ class Worker:
     system: str
     side: Any
     work: Work | None = None
+    finish: Callable[[], Work] | None = None
+    seconds: float = 0.0
+
+    def prepare(self, suite: str, platform: str, name: str, folder: str) -> dict[str, Any]:
+        """Begins a case by writing what all systems read."""
+        reset_peak()
+        start = time.perf_counter()
+        self.finish = self.side.prepare(_case(suite, platform, name), Path(folder))
+        self.seconds = time.perf_counter() - start
+        return {}
 
     def open(self, suite: str, platform: str, name: str, folder: str) -> dict[str, Any]:
         """Gets a case ready and does it once."""
-        reset_peak()
-        case = next(case for case in cases(suite, platform) if case.name == name)
-        start = time.perf_counter()
-        self.work = self.side.open_work(case, Path(folder), self.system)
+        start = time.perf_counter() - self.seconds
+        if self.finish is None:
+            reset_peak()
+            self.work = self.side.open_work(_case(suite, platform, name), Path(folder), self.system)
+        else:
+            self.work = self.finish()
+        self.finish, self.seconds = None, 0.0
         result = self.work.run()
         return {"result": result, "ready": time.perf_counter() - start, **self.work.facts}
 
@@ -45,11 +59,16 @@ class Worker:
         work()
         return {"seconds": [time.perf_counter() - start]}
 
+    def profile(self, folder: str) -> dict[str, Any]:
+        """The operations that cost most, and a trace in ``folder``."""
+        return {"operations": self.side.profile(self.work, Path(folder))}
+
     def close(self) -> dict[str, Any]:
         """The most memory that the case took."""
         peak = self.side.peak_memory() or resident_peak()
         self.work = None
         gc.collect()
+        self.side.free_memory()
         return {"peak": peak}
 
     def about(self) -> dict[str, Any]:
@@ -59,6 +78,10 @@ class Worker:
     def matmul(self, size: int, dtype: str, times: int) -> dict[str, Any]:
         """FLOP/s of a matrix product, the best of some."""
         return {"rate": max(self.side.matmul_rate(size, dtype) for _ in range(times))}
+
+
+def _case(suite: str, platform: str, name: str) -> Case:
+    return next(case for case in cases(suite, platform) if case.name == name)
 
 
 def reset_peak() -> None:

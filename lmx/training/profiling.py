@@ -22,7 +22,7 @@ _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*?metadata=\{[^}]*?op_n
 _FUNCTION = re.compile(r"^(?:jit|pjit|custom_\w+)\(.*\)$")  # with the name of a function of JAX or of the step
 _TRANSFORMED = re.compile(r"^(?:transpose|jvp|vmap|remat|checkpoint)\((.*)\)$")
 _PLUMBING = {"", "while", "body", "cond", "closed_call", "branch_0_fun", "branch_1_fun", "shard_map", "scan", "remat"}
-_PLUMBING |= {"checkpoint", "rematted_computation", "custom_jvp_call", "custom_vjp_call"}
+_PLUMBING |= {"checkpoint", "rematted_computation", "eval_jaxpr", "custom_jvp_call", "custom_vjp_call"}
 
 
 class Profiler:

@@ -92,7 +92,8 @@ class Fake:
         self.asked.append(do)
         if do in self.broken:
             raise LmxError(f"cannot {do}")
-        return {"open": {"result": 1.0, "ready": 2.0}, "run": {"seconds": [0.5]}, "close": {"peak": 7.0}}[do]
+        answers = {"open": {"result": 1.0, "ready": 2.0}, "run": {"seconds": [0.5]}, "close": {"peak": 7.0}}
+        return answers.get(do, {})
 
 
 def test_systems_take_turns_and_one_that_fails_does_not_stop_the_others(monkeypatch):
@@ -101,7 +102,7 @@ def test_systems_take_turns_and_one_that_fails_does_not_stop_the_others(monkeypa
     found = measure.measure("cpu", "cpu", Case("a", "training", CONFIG), workers)
     assert found.timings.keys() == {"lmx"}
     assert found.timings["lmx"].seconds == [0.5] * 3 and found.timings["lmx"].peak == 7.0
-    assert workers["lmx"].asked == ["open", "run", "run", "run", "close"]
+    assert workers["lmx"].asked == ["prepare", "open", "run", "run", "run", "close"]
     assert found.errors == {"eager": "cannot run", "compiled": "cannot open"} and workers["eager"].asked[1:] == ["run"]
 
 

@@ -87,6 +87,13 @@ def test_kernel_equals_the_formula_whatever_the_shape_and_the_mask(examples):
     check()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_kernel_writes_gradients_by_keys_that_the_last_queries_do_not_see(causal):
+    # Its two grids are of one size here: three tiles each of queries and keys, and a head of keys for every head.
+    problem = draw(np.random.default_rng(0), batch=1, queries=257, groups=1, head_dim=4, causal=causal, window=5)
+    assert_close(with_gradients(FORMS["pallas"], problem), by_formula(problem), 1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_the_formula_across_stacks(form):
     problem = draw(np.random.default_rng(0), queries=130, keys=300)
