@@ -75,6 +75,7 @@ class Grid:
       groups: heads that read one head of keys.
       place: from a grid index to (row, head, tile of queries, tile of keys).
       parallel: how many of the grid's axes may be computed in any order.
+      queries_last: whether the last axis goes through queries, not keys. Sizes do not tell: they may be the same.
     """
 
     options: Options
@@ -83,6 +84,7 @@ class Grid:
     groups: int
     place: Callable[..., tuple[Any, Any, Any, Any]]
     parallel: int
+    queries_last: bool = False
 
     @classmethod
     def by_query(cls, options: Options, query: Array, key: Array) -> "Grid":
@@ -103,14 +105,14 @@ class Grid:
         def place(row, kv_head, k, turn):
             return row, kv_head * groups + turn // tiles[0], turn % tiles[0], k
 
-        return cls(options, (*key.shape[:2], tiles[1], groups * tiles[0]), tiles, groups, place, 3)
+        return cls(options, (*key.shape[:2], tiles[1], groups * tiles[0]), tiles, groups, place, 3, queries_last=True)
 
     def nearest(self, place: tuple, start: Array) -> tuple:
         """``place``, or the nearest that is needed: what the last one read is not fetched again."""
         row, head, q, k = place
-        if self.sizes[2:] == self.tiles:
-            return row, head, q, jnp.clip(k, *self.options.keys_of(q, start, self.tiles[1]))
-        return row, head, jnp.clip(q, *self.options.queries_of(k, start, self.tiles[0])), k
+        if self.queries_last:
+            return row, head, jnp.clip(q, *self.options.queries_of(k, start, self.tiles[0])), k
+        return row, head, q, jnp.clip(k, *self.options.keys_of(q, start, self.tiles[1]))
 
     def spec(self, kind: str, shape: Sequence[int]) -> pl.BlockSpec:
         """The part of an array of this shape that a tile reads or writes."""
