@@ -58,8 +58,8 @@ def _biased(run, query, key, value, mask, scale, window, bias):
     queries, keys = mask.query_segments.shape[1], mask.key_segments.shape[1]
     bits, width = _bits(queries, keys), segment_width(queries, keys)
     size = 2.0 ** math.ceil(math.log2(APART / 2 / scale))  # two signs that differ take twice that; exact in 16 bits
-    of_query = _signs(mask.query_segments, bits, width, size, -bits * size)
-    of_key = _signs(mask.key_segments, bits, width, 1.0, 1.0)
+    of_query = _signs(mask.query_segments, bits, width, size, -size)
+    of_key = _signs(mask.key_segments, bits, width, 1.0, float(bits))
     query, key, wide = (
         jnp.concatenate([jnp.broadcast_to(signs.astype(x.dtype)[:, :, None], (*x.shape[:3], width)), x], axis=3)
         for x, signs in ((query, of_query), (key, of_key), (value, jnp.zeros_like(of_key)))
