@@ -14,6 +14,7 @@ from lmx.interop.opening import config_extras, locate
 from lmx.interop.pretrained import is_pretrained
 from lmx.interop.writing import save_pretrained
 from lmx.models.heads import num_params
+from lmx.paths import user_path
 from lmx.training.exported import write_params
 from lmx.training.workdir import write_config
 
@@ -26,7 +27,7 @@ def save_model(model: "LanguageModel", path: Path, format: str, progress: Callab
     writers = {"lmx": _save_whole, "hf": _save_published, "peft": _save_adapters}
     if format not in writers:
         raise LmxError(f"format {format!r} is unknown{nearest(format, writers)}")
-    target = path.expanduser().resolve()
+    target = user_path(path).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise LmxError(f"{target} exists already and is not overwritten; remove it, or choose another path.")
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -62,6 +63,6 @@ def _save_adapters(model: "LanguageModel", folder: Path, progress: Callable[[str
             f"adapters alone belong to a published checkpoint, and this model was not fine-tuned from one "
             f"(train.init_from={base!r}); save it whole, with format='lmx' or 'hf'."
         )
-    local = Path(base).expanduser().exists()
+    local = user_path(base).exists()
     objective, base = model.config.objective, str(place) if local else base
     save_adapters(folder, model.config.model, model.params, base, objective.name, objective.task, model.labels)

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from lmx.errors import LmxError, nearest
 from lmx.evaluation.unigram import unigram_loss
+from lmx.paths import user_path
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.experiment import build
 from lmx.training.initial import state_layout
@@ -36,7 +37,7 @@ def evaluate_workdir(
     """
     if task not in TASKS:
         raise LmxError(f"there is no task {task!r}{nearest(task, TASKS)}")
-    workdir = Path(workdir).expanduser().resolve()
+    workdir = user_path(workdir).resolve()
     config = read_config(workdir)
     experiment = build(config, workdir, console or Console())
     if task == "unigram":

@@ -17,6 +17,7 @@ from lmx.interop.pretrained import Report, load_params, model_config, open_check
 from lmx.interop.writing import unrolled
 from lmx.models.lora import ADAPTERS
 from lmx.parallel.sharding import Layout
+from lmx.paths import user_path
 from lmx.text.published import PublishedTokenizer
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -135,7 +136,7 @@ def fetch(name: str) -> Path:
 
 def locate(path: str) -> Path:
     """The folder that is meant: the path itself, or, where there is none, the hub's of that name."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if folder.exists():
         return folder.resolve()
     if not HUB_NAME.fullmatch(path):

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lmx.config import Config, Tokenizer
 from lmx.errors import ConfigError
+from lmx.paths import user_path
 from lmx.preparation.beam import beam_runner
 from lmx.preparation.cleaning import chosen_steps
 from lmx.preparation.documents import Reading
@@ -36,7 +37,7 @@ def tokenizer_section(named: str | None, config: Config | None) -> Tokenizer:
         return config.tokenizer if config else Tokenizer()
     if named in KINDS_WITHOUT_FILES:
         return Tokenizer(kind=named)
-    path = Path(named).expanduser()
+    path = user_path(named)
     if not path.exists():
         known = ", ".join(KINDS_WITHOUT_FILES)
         raise ConfigError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lmx.errors import DataError
+from lmx.paths import user_path
 from lmx.text import readers
 from lmx.text.corpora import Source, open_source
 
@@ -82,7 +83,7 @@ def plan_parts(specs: Sequence[str], reading: Reading, part_bytes: int) -> list[
 def source_files(spec: str) -> list[Path]:
     """The files of a source that is read by ranges of bytes; none where it is opened as training opens it."""
     scheme, _, rest = spec.partition(":")
-    path = Path(rest).expanduser()
+    path = user_path(rest)
     if scheme == "jsonl" and path.is_file():
         return [path]
     if scheme == "text" and (path.exists() or not rest.endswith("]")):

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lmx import config as schema
 from lmx.errors import DataError
+from lmx.paths import user_path
 from lmx.preparation.cleaning import SHORT
 from lmx.preparation.documents import describe_files, plan_parts, source_files
 from lmx.preparation.duplicates import find_duplicates
@@ -74,7 +75,7 @@ def prepare(
       ConfigError: the tokenizer cannot be opened.
     """
     check_settings(settings)
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     job = Job(settings, tuple(plan_parts(settings.sources, settings.reading, settings.part_bytes)), folder)
     ready = _ready_tokenizer(tokenizer, trains_later=runner is None)
     plan = _plan(settings, tokenizer, ready)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lmx.errors import DataError, missing_extra, nearest
+from lmx.paths import user_path
 from lmx.text import readers
 from lmx.text.readers import Record
 
@@ -156,7 +157,7 @@ def read_hf(name: str, fields: Sequence[str]) -> Sequence[Record]:
         import datasets
     except ImportError:
         raise missing_extra("datasets", "datasets", f"the source hf:{name}") from None
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     try:
         found = datasets.load_from_disk(str(folder)) if folder.is_dir() else _from_hub(name)
     except Exception as error:  # of many kinds: unknown names, no network, no space, a damaged file

@@ -17,6 +17,7 @@ from jaxtyping import Int32, Int64
 
 from lmx.config import Tokenizer as TokenizerSection
 from lmx.errors import ConfigError, DataError, missing_extra, nearest
+from lmx.paths import user_path
 from lmx.text.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 
 MANIFEST, TOKENIZER, FORMAT = "manifest.json", "tokenizer", 1
@@ -212,7 +213,7 @@ def _read_index(path: Path, documents: int, tokens: int) -> np.ndarray:
 def read_prepared(name: str, fields: Sequence[str]) -> PreparedDocuments:
     """A split (``train`` if none is named) of a folder that ``lmx data prepare`` wrote."""
     folder, _, split = name.rpartition("@") if "@" in name and "/" not in name.rpartition("@")[2] else (name, "", "")
-    return PreparedDocuments(Path(folder).expanduser(), split or TRAIN)
+    return PreparedDocuments(user_path(folder), split or TRAIN)
 
 
 def prepared_tokenizer(documents: PreparedDocuments, section: TokenizerSection) -> Tokenizer:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lmx.errors import DataError, missing_extra, nearest
+from lmx.paths import user_path
 
 Record = Mapping[str, Any]
 
@@ -178,7 +179,7 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[Path]:
     Raises:
       DataError: there are none.
     """
-    path = Path(pattern).expanduser()
+    path = user_path(pattern)
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -298,7 +299,7 @@ def parse_record(content: bytes, path: Path, number: int, start: int, fields: Se
 
 def read_jsonl(name: str, fields: Sequence[str]) -> Sequence[Record]:
     """A JSON Lines file, every line of it checked."""
-    return _JsonLines(Path(name).expanduser(), fields)
+    return _JsonLines(user_path(name), fields)
 
 
 # tfds:
@@ -345,8 +346,8 @@ def read_tfds(name: str, fields: Sequence[str]) -> Sequence[Record]:
     tfds = import_tfds(f"the source tfds:{name}")
     folder = {"data_dir": os.environ["TFDS_DATA_DIR"]} if "TFDS_DATA_DIR" in os.environ else {}
     try:
-        if (Path(name).expanduser() / "dataset_info.json").is_file():
-            builder = tfds.builder_from_directory(Path(name).expanduser(), file_format="array_record")
+        if (user_path(name) / "dataset_info.json").is_file():
+            builder = tfds.builder_from_directory(user_path(name), file_format="array_record")
         else:
             builder = tfds.builder(name, file_format="array_record", **folder)
         if not builder.is_prepared():

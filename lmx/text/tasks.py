@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmx.errors import DataError, nearest
+from lmx.paths import user_path
 from lmx.text import readers
 from lmx.text.readers import Record
 from lmx.text.templates import Template
@@ -117,7 +118,7 @@ def find_task(name: str, own: Sequence[str]) -> Task:
     """
     path, hash_sign, inner = name.rpartition("#")
     if hash_sign:
-        known = dict(_of_file(Path(path).expanduser()))
+        known = dict(_of_file(user_path(path)))
         name, where = inner, f" in {path}"
     else:
         known = TASKS | dict(Task.parse(text, f"entry {number} of data.tasks") for number, text in enumerate(own))

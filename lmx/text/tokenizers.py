@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int32
 
 from lmx import config as schema
 from lmx.errors import ConfigError, DataError, LmxError, nearest
+from lmx.paths import user_path
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 DESCRIPTION = "lmx_tokenizer.json"
@@ -305,7 +306,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 
 def _open_path(config: schema.Tokenizer) -> Tokenizer:
-    path = Path(config.path).expanduser()
+    path = user_path(config.path)
     if (path / DESCRIPTION).exists():
         tokenizer = load_tokenizer(path)
         if tokenizer.kind != config.kind:

@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 
 from lmx.errors import CheckpointError
 from lmx.parallel.processes import barrier, gather
+from lmx.paths import user_path
 from lmx.training.manifest import damaged_files, has_manifest, write_manifest
 from lmx.training.optimizers import eval_params
 from lmx.training.state import TrainState
@@ -52,7 +53,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, keep: int = 2, *, read_only: bool = False):
-        self.folder = Path(workdir).expanduser().resolve() / "checkpoints"
+        self.folder = user_path(workdir).resolve() / "checkpoints"
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"{workdir} holds no checkpoints/ folder: it is no workdir of `lmx train`.")
         logging.getLogger("absl").addFilter(_not_from_orbax)

@@ -26,6 +26,7 @@ from lmx.parallel.mesh import BatchSplit, batch_shards, split_batch
 from lmx.parallel.pipeline import check_pipeline
 from lmx.parallel.processes import host_share
 from lmx.parallel.sharding import Layout, use_layout
+from lmx.paths import user_path
 from lmx.text.corpora import Source, open_source, source_names, split_mixture
 from lmx.text.lengths import fitted_records
 from lmx.text.mixing import mixing_shares
@@ -238,7 +239,7 @@ def _labels(config: Config) -> tuple[str, ...]:
 def _with_body(config: Config, workdir: Path, console: Console) -> Config:
     """The config with the model's body as the published checkpoint has it that ``train.init_from`` names, if any."""
     source = config.train.init_from
-    if not source or (Path(source).expanduser() / "checkpoints").is_dir():
+    if not source or (user_path(source) / "checkpoints").is_dir():
         return config
     if (workdir / "config.json").is_file():  # the run knows; the checkpoint may be gone
         started = read_config(workdir).model

@@ -19,6 +19,7 @@ from lmx.parallel.hardware import hardware_of
 from lmx.parallel.processes import barrier, first_alone, gather, host_share
 from lmx.parallel.sharding import moved_dimensions, put_batch
 from lmx.parallel.watchdog import Watchdog
+from lmx.paths import user_path
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.experiment import Experiment, build
 from lmx.training.initial import check_init_from, initial_state
@@ -78,7 +79,7 @@ def train(
         no longer finite.
     """
     console = console or Console()
-    workdir = Path(workdir).expanduser().resolve()
+    workdir = user_path(workdir).resolve()
     check_same_experiment(workdir, config)
     experiment = build(config, workdir, console, devices)
     batches = experiment.train_batches()
