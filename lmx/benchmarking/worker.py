@@ -24,7 +24,11 @@ RESET_PEAK = "5"  # proc(5), clear_refs: the peak of resident memory starts afre
 
 @dataclasses.dataclass
 class Worker:
-    """A system, and the work that it has ready."""
+    """A system, and the work that it has ready.
+
+    Attributes:
+      finish: gets ready for the work that has been begun, and ``seconds`` how long that took.
+    """
 
     system: str
     side: Any
