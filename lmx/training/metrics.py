@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import json
 import math
+import mmap
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -22,9 +23,9 @@ TIMINGS = ("tokens_per_second", "model_flops_utilization", "input_wait")  # what
 class MetricsWriter:
     """Appends a line a step to ``metrics.jsonl``, and the same numbers to ``tensorboard/``.
 
-    A line is written by one call of the system, whole or not at all: neither a kill nor a full disk tears it. Lines of
-    a step that was lost (newer than the checkpoint that a run resumes from) and a last line torn by the machine's end
-    are removed at opening, so every step stands once. Of several processes the first alone writes.
+    A line is written by one call of the system and within one page, whole or not at all: neither a kill nor a full disk
+    tears it. Lines of a step that was lost (newer than the checkpoint that a run resumes from) and a last line torn by
+    the machine's end are removed at opening, so every step stands once. Of several processes the first alone writes.
 
     Args:
       workdir: the run's folder.
@@ -78,6 +79,9 @@ class MetricsWriter:
 
     def _append(self, line: bytes) -> None:
         before = os.fstat(self._file).st_size
+        room = mmap.PAGESIZE - before % mmap.PAGESIZE
+        if room < len(line) <= mmap.PAGESIZE:  # between two pages of a call Linux ends a process that is killed
+            line = b" " * room + line
         if os.write(self._file, line) < len(line):  # so much room was left
             os.ftruncate(self._file, before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), METRICS_FILE)

@@ -1,6 +1,7 @@
 import errno
 import importlib.util
 import json
+import mmap
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +52,17 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
         writer.write(3, {"train/loss": 0.0})
     assert [line["step"] for line in writer.resumed] == [1, 2]
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_no_line_spans_two_pages(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 200):
+            writer.write(step, {f"train/{i}": step / 7 for i in range(step % 40)})
+    content, end = (tmp_path / "metrics.jsonl").read_bytes(), 0
+    for line in content.splitlines(keepends=True):
+        start, end = end + len(line) - len(line.lstrip()), end + len(line)
+        assert start // mmap.PAGESIZE == (end - 1) // mmap.PAGESIZE
+    assert end > 10 * mmap.PAGESIZE and [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 200))
 
 
 def test_a_torn_line_may_stop_inside_a_character(tmp_path):

@@ -138,7 +138,8 @@ def loss_of(experiment, params, batch):
 
 
 def test_dropout_does_not_depend_on_the_mesh():
-    config = make_config(dropout=0.2, attention_dropout=0.2)
+    # Adam divides a gradient by itself: of one that is only rounding it makes a whole step, unless epsilon is more.
+    config = make_config(dropout=0.2, attention_dropout=0.2).replace(optimizer={"epsilon": 1e-4})
     found, expected = run(config, Mesh(2, 2, 2), devices=8), run(config)
     assert_same(found, expected)
     loss = [history[0]["loss"][0] for _, history in (found, run(ARCHITECTURES["decoder"]))]
