@@ -94,12 +94,6 @@ def test_kernel_writes_gradients_by_keys_that_the_last_queries_do_not_see(causal
     assert_close(with_gradients(FORMS["pallas"], problem), by_formula(problem), 1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_kernel_tells_queries_from_keys_where_one_head_has_as_many_tiles_of_both(causal):
-    problem = draw(np.random.default_rng(0), queries=257, kv_heads=2, groups=1, head_dim=4, window=5, causal=causal)
-    assert_close(with_gradients(FORMS["pallas"], problem), by_formula(problem), 1e-5)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_the_formula_across_stacks(form):
     problem = draw(np.random.default_rng(0), queries=130, keys=300)
