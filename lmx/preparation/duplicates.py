@@ -51,7 +51,7 @@ class Bands:
 
 def text_digest(text: str) -> bytes:
     """16 bytes that stand for a text."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def minima(texts: Sequence[str]) -> UInt32[np.ndarray, "documents minima"]:
@@ -64,9 +64,8 @@ def minima(texts: Sequence[str]) -> UInt32[np.ndarray, "documents minima"]:
         from rensa import RMinHash
     except ImportError:
         raise missing_extra("rensa", "prepare", "finding near-duplicates") from None
-    shingles = [ngram_hashes(_lowered(text), SHINGLE_WORDS) for text in texts]
-    bounds = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
-    found = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(shingles), bounds, MINIMA, SEED)
+    shingles, bounds = ngram_hashes([_lowered(text) for text in texts], SHINGLE_WORDS)
+    found = RMinHash.digest_matrix_from_flat_token_hashes(shingles, bounds.astype(np.uint64), MINIMA, SEED)
     return np.array(found.to_rows(), np.uint32).reshape(len(texts), MINIMA)
 
 

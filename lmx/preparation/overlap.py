@@ -94,7 +94,7 @@ def _train_texts(train: str, reading: Reading, console: Console) -> Iterator[str
 def _runs(text: str, n: int) -> np.ndarray:
     """Hashes of the runs of ``n`` words; none where there are fewer words."""
     words = WORD.findall(text.lower())
-    return ngram_hashes(" ".join(words).encode(), n) if len(words) >= n else np.zeros(0, np.uint64)
+    return ngram_hashes([" ".join(words).encode()], n)[0] if len(words) >= n else np.zeros(0, np.uint64)
 
 
 def _places(known: np.ndarray, runs: np.ndarray) -> np.ndarray:

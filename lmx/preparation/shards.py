@@ -5,11 +5,12 @@ part is done last. So whoever finds that file need not do the part again, and tw
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from lmx.preparation.cleaning import Cleaner
 from lmx.preparation.documents import Part, Reading, read_part
 from lmx.preparation.duplicates import EXACT, MINIMA, NEAR, Bands, Column, minima, text_digest
 from lmx.text.prepared import TRAIN, VALIDATION, token_type
-from lmx.text.tokenizers import Tokenizer, load_tokenizer
+from lmx.text.tokenizers import DESCRIPTION, Tokenizer, load_tokenizer
 
 WORK, TOKENIZER = "work", "tokenizer"
 CHARACTERS_AT_ONCE = 1 << 20
+SHARD_OPTIONS = "group_size:1,zstd:1"  # read in any order; higher levels of zstd make files little smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,24 +116,25 @@ def clean_part(job: Job, number: int) -> dict[str, Any]:
     read = {"documents": 0, "characters": 0}
     digest = hashlib.sha256()
 
-    def cleaned() -> Iterator[str]:
+    def cleaned() -> Iterator[tuple[str, bytes]]:
         for text in read_part(part, settings.reading):
             read["documents"] += 1
             read["characters"] += len(text)
-            digest.update(text.encode(errors="surrogatepass") + b"\0")
+            digest.update(own := text_digest(text))
             if kept := cleaner(text):
-                yield kept
+                yield kept, own if kept is text else text_digest(kept)
 
     names = ["text", "lengths", "digests", *(["minima"] if settings.duplicates == "near" else [])]
     with Beside(*(job.file(number, name) for name in names)) as paths:
         files = [path.open("wb") for path in paths]
         try:
-            for texts in _groups(cleaned()):
+            for group in _groups(cleaned(), key=lambda item: item[0]):
+                texts, digests = zip(*group, strict=True)
                 encoded = [text.encode() for text in texts]
                 columns = [
                     b"".join(encoded),
                     np.array([len(one) for one in encoded], np.uint64).tobytes(),
-                    b"".join(map(text_digest, texts)),
+                    b"".join(digests),
                     *([minima(texts).tobytes()] if settings.duplicates == "near" else []),
                 ]
                 for file, column in zip(files, columns, strict=True):
@@ -152,7 +155,7 @@ def write_part(job: Job, number: int, reasons: Sequence[int]) -> dict[str, Any]:
     """
     if (found := job.done(number, "written")) is not None:
         return found
-    tokenizer = load_tokenizer(job.folder / TOKENIZER)
+    tokenizer = _opened_once(job.folder / TOKENIZER, (job.folder / TOKENIZER / DESCRIPTION).stat().st_mtime_ns)
     counts: dict[str, Any] = {"exact": 0, "near": 0}
     for name, reason in (("exact", EXACT), ("near", NEAR)):
         counts[name] = int(np.count_nonzero(np.asarray(reasons) == reason))
@@ -168,6 +171,12 @@ def write_part(job: Job, number: int, reasons: Sequence[int]) -> dict[str, Any]:
     counts["shards"] = {shard.split: shard.finish() for shard in splits}
     write_json(job.file(number, "written"), counts)
     return counts
+
+
+@functools.lru_cache(maxsize=1)
+def _opened_once(folder: Path, written: int) -> Tokenizer:
+    """The tokenizer of a folder, for all the parts that a process does; ``written`` tells one from the next there."""
+    return load_tokenizer(folder)
 
 
 def kept_texts(job: Job, number: int, reasons: Sequence[int]) -> Iterator[tuple[bool, str]]:
@@ -198,7 +207,7 @@ class _Shard:
         """Appends the documents that have tokens."""
         documents = [ids for ids in self._tokenizer.encode_batch(texts) if len(ids)] if texts else []
         if documents and self._writer is None:
-            self._writer = _array_records().ArrayRecordWriter(str(self._beside), "group_size:1")
+            self._writer = _array_records().ArrayRecordWriter(str(self._beside), SHARD_OPTIONS)
         for ids in documents:
             self._writer.write(ids.astype(self._type).tobytes())
         self._characters += sum(map(len, texts))
@@ -231,7 +240,7 @@ def write_json(path: Path, contents: Any) -> None:
         beside.write_text(json.dumps(contents, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _groups(items: Iterable[Any], key=lambda item: item) -> Iterator[list[Any]]:
+def _groups(items: Iterable[Any], key: Callable[[Any], str]) -> Iterator[list[Any]]:
     """Lists of about a million characters, which libraries take faster than one text by one."""
     group, size = [], 0
     for item in items:

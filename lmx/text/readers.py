@@ -27,6 +27,7 @@ COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
 TEXT_SUFFIXES = tuple(text + packed for text in (".txt", ".text", ".md", ".rst") for packed in ("", *COMPRESSIONS))
 # Text is packed to a tenth or so; what unpacks to far more than that was made to fill the memory.
 MOST_UNPACKED, MOST_RATIO = 1 << 26, 100
+BUFFER = 1 << 20  # bytes read at once: a record in one piece
 UNPACKING_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, MemoryError)
 SYNTHETIC_RECORDS = 100_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -218,7 +219,9 @@ def open_file(path: Path) -> BinaryIO:
       DataError: there is no such file.
     """
     try:
-        return COMPRESSIONS.get(path.suffix, open)(path, "rb")
+        if path.suffix in COMPRESSIONS:
+            return COMPRESSIONS[path.suffix](path, "rb")
+        return path.open("rb", BUFFER)
     except FileNotFoundError:
         raise DataError(f"there is no file {str(path)!r}, seen from {os.getcwd()}.") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null in it

@@ -5,6 +5,8 @@ import json
 import random
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lmx.errors import DataError
 from lmx.preparation import documents
@@ -78,6 +80,52 @@ def test_a_long_document_is_cut_at_the_end_of_a_line(tmp_path, monkeypatch):
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "x" * 30}))
     with pytest.raises(DataError, match="line of more than 20 bytes at offset 0"):
         all_texts(f"jsonl:{tmp_path}/b.jsonl", 10**6)
+
+
+ODD_LINES = [
+    rb'{"text": "\ud800"}',
+    rb'{"text": "\ud83d\ude00 \u00e9"}',
+    b'{"text": "caf\xe9"}',
+    b'{"text": "a\tb"}',
+    b'{"text": "a", "text": "b"}',
+    b'{"text": "a", "n": NaN}',
+    b'{"text": "a", "n": ' + b"9" * 30 + b"}",
+    b'{"text": null}',
+    b'{"other": "a"}',
+    b'["text"]',
+    b'"text"',
+    b'\xef\xbb\xbf{"text": "a"}',
+    b'{"text": "a"} x',
+    b" \t\r",
+]
+RECORDS = st.dictionaries(st.sampled_from(["text", "other"]), st.one_of(st.text(), st.integers(), st.none()))
+
+
+def texts_or_error(path):
+    try:
+        return all_texts(f"jsonl:{path}", 10**6)
+    except DataError as error:
+        return str(error)
+
+
+def assert_the_fast_parser_changes_nothing(folder, line):
+    path = folder / "r.jsonl"
+    path.write_bytes(b'{"text": "first"}\n' + line)
+    found = texts_or_error(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "orjson", None)
+        assert found == texts_or_error(path)
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=repr)
+def test_odd_lines_are_what_they_are_to_the_strict_parser(tmp_path, line):
+    assert_the_fast_parser_changes_nothing(tmp_path, line)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(RECORDS, st.booleans())
+def test_records_are_what_they_are_to_the_strict_parser(tmp_path, record, ascii_only):
+    assert_the_fast_parser_changes_nothing(tmp_path, json.dumps(record, ensure_ascii=ascii_only).encode())
 
 
 def test_bad_sources_say_why(tmp_path):

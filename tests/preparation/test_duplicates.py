@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("rensa")
 
-from lmx.preparation import duplicates, ngrams
+from lmx.preparation import duplicates
 from lmx.preparation.duplicates import (
     EXACT,
     MINIMA,
@@ -18,7 +20,7 @@ from lmx.preparation.duplicates import (
     minima,
     text_digest,
 )
-from lmx.preparation.ngrams import ngram_hashes
+from lmx.preparation.ngrams import WORD, ngram_hashes
 
 
 def words(rng: np.random.Generator, count: int) -> list[str]:
@@ -42,23 +44,44 @@ def columns(tmp_path, texts: list[str], parts: int) -> tuple[Column, Column]:
     return Column([d for d, _ in names], np.uint64, 2), Column([m for _, m in names], np.uint32, MINIMA)
 
 
+def runs(text: bytes, n: int) -> list[int]:
+    return ngram_hashes([text], n)[0].tolist()
+
+
 def test_runs_of_words_hash_alike_where_they_are_alike():
-    a, b = (ngram_hashes(text, 3) for text in (b"a bee c d\n e", b"x bee\tc  d e y "))
-    assert len(a) == 3 and len(set(a.tolist()) & set(b.tolist())) == 2
-    assert len(ngram_hashes(b"a b", 3)) == 1 and len(ngram_hashes(b" \n", 3)) == len(ngram_hashes(b"", 3)) == 0
-    assert ngram_hashes(b"a b", 2) != ngram_hashes(b"b a", 2)
-    words = [str(i).encode() for i in range(20_000)]
-    assert len(set(ngram_hashes(b" ".join(words), 1).tolist())) == len(words)
+    a, b = (runs(text, 3) for text in (b"a bee c d\n e", b"x bee\tc  d e y "))
+    assert len(a) == 3 and len(set(a) & set(b)) == 2
+    assert len(runs(b"a b", 3)) == 1 and runs(b" \n", 3) == runs(b"", 3) == []
+    assert runs(b"a b", 2) != runs(b"b a", 2)
+    words = [str(i).encode() * (1 + i % 9) for i in range(10_000, 30_000)]
+    assert len(set(runs(b" ".join(words), 1))) == len(words)
 
 
-def test_long_texts_are_hashed_in_pieces(monkeypatch):
-    text = " ".join(f"word{i}" for i in range(2000)).encode()
-    whole = ngram_hashes(text, 5)
-    monkeypatch.setattr(ngrams, "PIECE", 1600)
-    ngrams._powers.cache_clear()
-    assert np.array_equal(ngram_hashes(text, 5), whole)
-    assert len(ngram_hashes(b"x" * 5000, 5)) == 1
-    ngrams._powers.cache_clear()
+@given(
+    st.lists(st.text("ab \n\xe9" + "x" * 9, max_size=300).map(str.encode), max_size=8), st.integers(1, 14), st.randoms()
+)
+def test_hashes_of_a_text_are_its_own_whatever_stands_beside_it(texts, n, random):
+    alone = [runs(text, n) for text in texts]
+    assert [len(one) for one in alone] == [number_of_runs(text, n) for text in texts]
+    order = random.sample(range(len(texts)), len(texts))
+    hashes, bounds = ngram_hashes([texts[i] for i in order], n)
+    assert len(bounds) == len(texts) + 1 and bounds[-1] == len(hashes)
+    for place, i in enumerate(order):
+        assert hashes[bounds[place] : bounds[place + 1]].tolist() == alone[i]
+
+
+def number_of_runs(text: bytes, n: int) -> int:
+    words = sum(-(-len(word) // WORD) for word in text.split())
+    return max(words - n + 1, min(words, 1))
+
+
+@given(st.lists(st.sampled_from([b"a", b"bee", b"c" * 8, b"c" * 9, b"d" * 64, b"d" * 65, b"e" * 200]), max_size=40))
+def test_runs_have_one_hash_if_and_only_if_their_words_are_the_same(words):
+    cut = [word[i : i + WORD] for word in words for i in range(0, len(word), WORD)]
+    same = {}
+    for i, found in enumerate(runs(b" ".join(words), 2) if len(cut) > 1 else []):
+        assert same.setdefault(tuple(cut[i : i + 2]), found) == found
+    assert len(set(same.values())) == len(same)
 
 
 def test_minima_estimate_the_jaccard_similarity():
