@@ -1,6 +1,7 @@
 """Sub-word tokenizers: SentencePiece, trained here or elsewhere, and the files of the ``tokenizers`` library."""
 
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -125,8 +126,10 @@ class SentencePieceTokenizer(Tokenizer):
             parts += parts_of_text
             counts.append(len(parts_of_text))
         encoded = iter(self._pieces.encode([part for part in parts if part != SPACE]))
-        ids = (self._space_ids() if part == SPACE else next(encoded) for part in parts)
-        return [_joined([next(ids) for _ in range(count)]) for count in counts]
+        ids = [self._space_ids() if part == SPACE else next(encoded) for part in parts]
+        ends = np.cumsum([0, *map(len, ids)])
+        joined = np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(ends[-1]))
+        return np.split(joined, ends[np.cumsum(counts)[:-1]]) if counts else []
 
     def _space_ids(self) -> list[int]:
         unknown = self.unk_id in self._space  # no byte fallback
@@ -346,7 +349,7 @@ def _parts(text: str) -> list[str]:
     of a row of dashes, its rounding takes one or the other by what stands before: here a line is always the same.
     """
     parts = re.findall(f"{SPACE}|[^{SPACE}\n]*\n|[^{SPACE}\n]+", text)
-    return [piece for part in parts for piece in _cut(part)]
+    return [piece for part in parts for piece in ([part] if len(part) <= LONG_LINE else _cut(part))]
 
 
 def _cut(line: str) -> Iterator[str]:
@@ -358,10 +361,6 @@ def _cut(line: str) -> Iterator[str]:
         yield line[start : boundary.end()]
         start = boundary.end()
     yield line[start:]
-
-
-def _joined(parts: Sequence[Sequence[int]]) -> np.ndarray:
-    return np.concatenate([np.array(part, np.int32) for part in parts] or [np.zeros(0, np.int32)])
 
 
 def _training_error(error: RuntimeError, config: schema.Tokenizer) -> DataError:
