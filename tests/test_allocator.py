@@ -22,11 +22,11 @@ import jax
 double = jax.jit(lambda x: x * 2)
 x = jax.numpy.ones(25_000_000)
 faults = []
-for _ in range(8):
+for _ in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     double(x).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(sorted(faults[1:])[3])
+print(sorted(faults)[20])  # a result may be freed late, by another thread; the next one is then new memory
 """
 
 

@@ -98,7 +98,8 @@ ODD_LINES = [
     b'{"text": "a"} x',
     b" \t\r",
 ]
-RECORDS = st.dictionaries(st.sampled_from(["text", "other"]), st.one_of(st.text(), st.integers(), st.none()))
+VALUES = st.one_of(st.text('ab\n\t\0\x7f"\\/é€😀'), st.integers(), st.none())
+RECORDS = st.dictionaries(st.sampled_from(["text", "other"]), VALUES)
 
 
 def texts_or_error(path):
