@@ -27,11 +27,12 @@ def ngram_hashes(texts: Sequence[bytes], n: int) -> tuple[UInt64[np.ndarray, " n
     for first in firsts[1:-1].tolist():
         whole[max(first - n + 1, 0) : first] = False
     hashes, bounds = hashes[whole], _bounds(np.maximum(counts - n + 1, 0))
-    short = np.flatnonzero((counts > 0) & (counts < n))
-    if len(short):
+    is_short = (counts > 0) & (counts < n)
+    if is_short.any():
+        short = np.flatnonzero(is_short)
         together = [_rolled(words[firsts[i] : firsts[i + 1]], int(counts[i])) for i in short.tolist()]
         hashes = np.insert(hashes, bounds[short], np.concatenate(together))
-        bounds[1:] += np.cumsum((counts > 0) & (counts < n))
+        bounds[1:] += np.cumsum(is_short)
     return mixed(hashes), bounds
 
 
@@ -48,6 +49,7 @@ def _words(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bounds(counts: np.ndarray) -> np.ndarray:
+    """Where so many of each begin, one after the other, and where the last ones end."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
