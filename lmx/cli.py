@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         Console(stderr=True).print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as stop:
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 def _train(args: argparse.Namespace, overrides: list[str], console: Console) -> int:

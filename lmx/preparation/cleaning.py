@@ -71,7 +71,7 @@ def _is_no_policy(line: str) -> bool:
 # In the order in which they are done.
 STEPS: dict[str, tuple[Step, str]] = {
     "unicode": (_unicode, "composed characters: Unicode's form NFC (UAX #15)"),
-    "control": (_control, "without control characters, byte order marks and half surrogates; line ends are \\n"),
+    "control": (_control, "without control characters and byte order marks; line ends are \\n"),
     "citations": (_citations, "C4: Wikipedia's [1], [edit] and [citation needed] removed"),
     "javascript": (_lines(lambda line: "javascript" not in line.lower()), "C4: lines that mention Javascript removed"),
     "policy": (_lines(_is_no_policy), "C4: lines on cookies, privacy and terms of use removed"),

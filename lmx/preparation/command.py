@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import os
+import signal
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -75,7 +77,19 @@ def prepare_from(args: argparse.Namespace, config: Config | None, console: Conso
     if args.processes < 1:
         raise ConfigError(f"--processes must be at least 1, not {args.processes}.")
     section = tokenizer_section(args.tokenizer, config)
-    prepare(settings, section, args.output, console, args.processes, runner)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        prepare(settings, section, args.output, console, args.processes, runner)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from what is done.", highlight=False)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: Any) -> None:
+    """SIGTERM ends the work as Ctrl-C does: parts under way are done to their end, and nothing is left behind."""
+    raise KeyboardInterrupt(number)
 
 
 def config_to_inspect(config: Config | None, source: str | None, tokenizer: str | None) -> Config:

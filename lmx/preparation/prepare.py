@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lmx import config as schema
-from lmx.errors import DataError
+from lmx.errors import DataError, LmxError
 from lmx.paths import user_path
 from lmx.preparation.cleaning import SHORT
 from lmx.preparation.documents import describe_files, plan_parts, source_files
@@ -42,8 +42,8 @@ from lmx.preparation.shards import (
     write_json,
     write_part,
 )
-from lmx.text.prepared import MANIFEST
-from lmx.text.tokenizers import DESCRIPTION, Tokenizer, make_tokenizer
+from lmx.text.prepared import MANIFEST, read_manifest, split_files
+from lmx.text.tokenizers import DESCRIPTION, Tokenizer, load_tokenizer, make_tokenizer
 
 LOCK, PLAN, REASONS = ".lock", "plan.json", "reasons"
 # What else than the processes of this machine may do the work of a job whose tokenizer is there.
@@ -171,21 +171,36 @@ def _begin(folder: Path, plan: dict[str, Any], console: Console) -> bool:
     """Whether there is something to do; a DataError where the folder holds something else."""
     manifest, started = folder / MANIFEST, folder / WORK / PLAN
     if manifest.is_file():
-        if json.loads(manifest.read_text(encoding="utf-8")).get("plan") != _digest(plan):
+        found = read_manifest(folder)
+        if found.get("plan") != _digest(plan):
             raise DataError(
-                f"{folder} holds a corpus that was prepared with other settings or from other files; use another "
-                "--output."
+                f"{folder} holds a corpus that was prepared with other settings or from other files ({MANIFEST} says "
+                "which); use another --output, or remove the folder."
             )
         shutil.rmtree(folder / WORK, ignore_errors=True)
-        console.print(f"{folder.resolve()} is prepared already.", highlight=False, soft_wrap=True)
-        return False
+        if not (damaged := _damaged(folder, found)):
+            console.print(f"{folder.resolve()} is prepared already.", highlight=False, soft_wrap=True)
+            return False
+        console.print(
+            f"{', '.join(damaged)} in {folder.resolve()} {'is' if len(damaged) == 1 else 'are'} damaged or missing; "
+            "preparing the corpus again.",
+            soft_wrap=True,
+        )
+        if TOKENIZER in damaged:
+            shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+        (folder / WORK).mkdir()
+        write_json(started, plan)
+        manifest.unlink()
+        return True
+    if started.is_file() and not any((folder / WORK).glob("*.cleaned")):  # nothing of it can be used again
+        shutil.rmtree(folder / WORK)
+        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     if started.is_file():
         before = json.loads(started.read_text(encoding="utf-8"))
         if before != plan:
-            changed = ", ".join(sorted(name for name in plan if before.get(name) != plan[name]))
             raise DataError(
-                f"{folder} holds part of a corpus of other {changed} (options, or the content of files); give the same "
-                "as before to go on with it, or another --output."
+                f"{folder} holds part of a corpus, and since then this has changed: {_changes(before, plan)}. Give the "
+                "same as before to go on with it, or another --output, or remove the folder."
             )
         console.print(f"going on with {folder.resolve()}", highlight=False, soft_wrap=True)
         for left in (*folder.glob("*.tmp"), *(folder / WORK).glob("*.tmp")):  # of a run that was killed
@@ -196,6 +211,34 @@ def _begin(folder: Path, plan: dict[str, Any], console: Console) -> bool:
         raise DataError(f"{folder} holds {others[0]!r} already; give a new or empty folder with --output.")
     console.print(f"preparing {', '.join(plan['settings']['sources'])} into {folder.resolve()}", soft_wrap=True)
     return True
+
+
+def _damaged(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """What is not, to the bit, as it was written."""
+    known = {name: digest for split in manifest["splits"].values() for name, digest in split_files(split).items()}
+    there = [name for name in known if (folder / name).is_file()]
+    found = dict(
+        zip(there, (file["sha256"] for file in describe_files([folder / name for name in there])), strict=True)
+    )
+    damaged = [name for name, digest in known.items() if found.get(name) != digest]
+    try:
+        whole = load_tokenizer(folder / TOKENIZER).fingerprint() == manifest["tokenizer"]["sha256"]
+    except LmxError:
+        whole = False
+    return damaged if whole else [*damaged, TOKENIZER]
+
+
+def _changes(before: dict[str, Any], plan: dict[str, Any]) -> str:
+    """What differs between two plans: names of settings, and of files."""
+    changed = [name for name, value in plan["settings"].items() if before["settings"].get(name) != value]
+    old, new = (
+        {file["path"]: file["sha256"] for source in each["sources"] for file in source["files"]}
+        for each in (before, plan)
+    )
+    changed += [f"the content of {path}" for path in old if path in new and old[path] != new[path]]
+    changed += [f"whether {path} is a source" for path in sorted(old.keys() ^ new.keys())]
+    changed += ["tokenizer"] if before["tokenizer"] != plan["tokenizer"] else []
+    return ", ".join(changed[:5])
 
 
 def _finish(job: Job, plan: dict[str, Any]) -> None:
@@ -234,6 +277,9 @@ def _summarize(folder: Path, console: Console) -> None:
     console.print(
         f"{counts['read']['documents']:,} documents read" + (f"; dropped: {listed}" if listed else ""), highlight=False
     )
+    left = sum(split["documents"] for split in manifest["splits"].values())
+    if not left:
+        console.print("[yellow]warning:[/] nothing is left: every document was dropped.")
     for name, split in manifest["splits"].items():
         shards = len(split["shards"])
         console.print(
@@ -241,7 +287,7 @@ def _summarize(folder: Path, console: Console) -> None:
             f"{shards} shard{'' if shards == 1 else 's'}",
             highlight=False,
         )
-        if not split["documents"] and (name != "validation" or manifest["settings"]["validation"]):
+        if left and not split["documents"] and (name != "validation" or manifest["settings"]["validation"]):
             console.print(
                 f"[yellow]warning:[/] {name} is empty: too few documents for --validation "
                 f"{manifest['settings']['validation']:g}, which is a share of them; give another.",

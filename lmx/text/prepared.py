@@ -71,23 +71,29 @@ def _check_manifest(manifest: Any) -> None:
     manifest["tokenizer"]["sha256"], manifest["tokenizer"]["section"], manifest["tokenizer"]["vocab_size"]
 
 
+def split_files(split: Mapping[str, Any]) -> dict[str, str]:
+    """The files of a manifest's split, and the SHA-256 of each."""
+    return {file["file"]: file["sha256"] for file in (split["index"], *split["shards"])}
+
+
 class PreparedDocuments(Sequence[Mapping[str, Any]]):
     """The documents of a split, or a run of them. As records they hold the decoded ``text``.
 
     Attributes:
       offsets: where each document begins among the tokens of all, and where the last one ends.
-      files: the manifest, which holds the hash of everything.
+      files: the manifest, and the index and the shards of the split.
     """
 
     def __init__(self, folder: Path, split: str, chosen: range | None = None):
         """Opens a split; a DataError where a file is missing or has another size than the manifest says."""
-        self.folder, self.split, self.files = folder, split, (folder / MANIFEST,)
+        self.folder, self.split = folder, split
         self._manifest = read_manifest(folder)
         splits = self._manifest["splits"]
         if split not in splits:
             raise DataError(f"{str(folder)!r} has no split {split!r}{nearest(split, splits)}")
         for shard in splits[split]["shards"]:
             _check_size(folder / shard["file"], shard["bytes"])
+        self.files = tuple(folder / name for name in (MANIFEST, *split_files(splits[split])))
         total = splits[split]["documents"]
         offsets = _read_index(folder / splits[split]["index"]["file"], total, splits[split]["tokens"])
         self._chosen = range(total) if chosen is None else chosen

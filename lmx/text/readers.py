@@ -58,8 +58,8 @@ def lookup(where: str, record: Record, path: str) -> Any:
         return plain(record[path])
     if name not in record:
         raise DataError(
-            f"{where} has no field {name!r}{nearest(name, record)}. The data section names the fields to read: "
-            "text_field, pair_field, source_field, target_field, label_field."
+            f"{where} has no field {name!r}{nearest(name, record)}. The fields to read are named by --field, or in a "
+            "config's data section: text_field, pair_field, source_field, target_field, label_field."
         )
     value = record[name]
     for key in re.findall(r"\[([^\[\]]*)\]", path):
@@ -185,7 +185,7 @@ def find_files(pattern: str, suffixes: Sequence[str]) -> list[Path]:
         return [path]
     if path.is_dir():
         found = [file for file in path.rglob("*") if file.name.endswith(tuple(suffixes))]
-        looked_for = f"files ending in {', '.join(suffixes)} in the folder {pattern!r}"
+        looked_for = f"file ending in {', '.join(suffixes)} in the folder {pattern!r}"
     else:
         found = [Path(name) for name in glob.glob(str(path), recursive=True)]
         looked_for = f"file {pattern!r}"
@@ -283,7 +283,7 @@ def parse_record(content: bytes, path: Path, number: int, start: int, fields: Se
     """
     where = f"{path} line {number}"
     try:
-        line = content.decode()
+        line = content.decode("utf-8" if start else "utf-8-sig")  # files that begin with a mark of their byte order
         record = json.loads(line)
     except UnicodeDecodeError as error:
         raise not_utf8(path, start + error.start, content[error.start]) from None

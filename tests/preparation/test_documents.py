@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lmx.errors import DataError
 from lmx.preparation import documents
 from lmx.preparation.documents import Reading, describe_files, plan_parts, read_part, source_files
+from lmx.text.corpora import open_source
 
 WHOLE_FILES = Reading()
 
@@ -127,6 +128,14 @@ def test_odd_lines_are_what_they_are_to_the_strict_parser(tmp_path, line):
 @given(RECORDS, st.booleans())
 def test_records_are_what_they_are_to_the_strict_parser(tmp_path, record, ascii_only):
     assert_the_fast_parser_changes_nothing(tmp_path, json.dumps(record, ensure_ascii=ascii_only).encode())
+
+
+def test_a_file_may_begin_with_a_mark_of_its_byte_order(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    assert all_texts(f"jsonl:{path}", 10**6)[0] == ["a", "b"]
+    records = open_source(f"jsonl:{path}")
+    assert [records[i]["text"] for i in range(len(records))] == ["a", "b"]
 
 
 def test_bad_sources_say_why(tmp_path):

@@ -20,6 +20,7 @@ pytest.importorskip("rensa")
 from lmx import cli
 from lmx import config as schema
 from lmx.errors import ConfigError, DataError
+from lmx.preparation.documents import Reading
 from lmx.preparation.prepare import prepare
 from lmx.text.corpora import open_source
 from lmx.text.tokenizers import ByteTokenizer
@@ -167,8 +168,61 @@ def test_a_file_that_changed_meanwhile_is_noticed(tmp_path, monkeypatch):
             run(tmp_path / "out", sources)
     path = tmp_path / "corpus" / "texts" / "003.txt"
     path.write_text(path.read_text().replace("word", "wort"))
-    with pytest.raises(DataError, match="holds part of a corpus of other sources"):
+    with pytest.raises(DataError, match=r"since then this has changed: the content of \S+/003.txt"):
         run(tmp_path / "out", sources)
+    with pytest.raises(DataError, match="this has changed: similarity, the content"):
+        run(tmp_path / "out", sources, similarity=0.9)
+
+
+def test_a_mistake_before_anything_is_done_is_mended_by_the_right_command(tmp_path):
+    good, bad = b'{"text": "one two three four five six"}\n', b'{"text": \n'
+    (tmp_path / "a.jsonl").write_bytes(good + bad)
+    sources = [f"jsonl:{tmp_path / 'a.jsonl'}"]
+    with pytest.raises(DataError, match="line 2 is not JSON"):
+        run(tmp_path / "out", sources)
+    with pytest.raises(DataError, match="has no field 'nope'.*--field"):
+        run(tmp_path / "out", sources, reading=Reading("nope"))
+    (tmp_path / "a.jsonl").write_bytes(good)
+    assert run(tmp_path / "out", sources)["counts"]["read"]["documents"] == 1
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone", "tokenizer"])
+def test_what_is_damaged_is_made_again_to_the_bit(sources, whole, tmp_path, damage, capsys):
+    folder, manifest = tmp_path / "out", whole[1]
+    shutil.copytree(whole[0], folder)
+    shard = folder / manifest["splits"]["train"]["shards"][1]["file"]
+    if damage == "flipped":
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        (folder / "tokenizer" / "lmx_tokenizer.json").write_text("{")
+    prepare(settings(sources), schema.Tokenizer(), folder, Console(), 1)
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{'tokenizer' if damage == 'tokenizer' else shard.name} in" in told and "preparing the corpus again" in told
+    assert contents(folder) == contents(whole[0])
+
+
+def test_sigterm_stops_it_with_a_word_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    from lmx.preparation import prepare as module
+
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three four five six"}')
+    command = ["data", "prepare", "--source", f"jsonl:{tmp_path / 'a.jsonl'}", "--output", str(tmp_path / "out")]
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "find_reasons", lambda job: os.kill(os.getpid(), signal.SIGTERM))
+        assert cli.main(command) == 128 + signal.SIGTERM
+    assert "the same command goes on" in " ".join(capsys.readouterr().out.split())
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert cli.main(command) == 0 and "going on with" in capsys.readouterr().out
+
+
+def test_a_corpus_of_which_nothing_is_left_says_so(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "too short"}')
+    prepare(settings([f"jsonl:{tmp_path / 'a.jsonl'}"]), schema.Tokenizer(), tmp_path / "out", Console(), 1)
+    assert "nothing is left: every document was dropped" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

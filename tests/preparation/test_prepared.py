@@ -55,6 +55,13 @@ def test_rows_are_those_of_the_text(folder, cut, monkeypatch):
         assert drawn[0] == drawn[1]
 
 
+def test_its_files_are_all_that_a_split_is_read_from(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for split, found in manifest["splits"].items():
+        names = ["manifest.json", f"{split}.index", *(shard["file"] for shard in found["shards"])]
+        assert [path.name for path in open_source(f"prepared:{folder}@{split}").files] == names
+
+
 def test_slices_are_documents_and_meet(folder):
     whole, first, second = (open_source(f"prepared:{folder}{cut}") for cut in ("", "[:33%]", "[33%:]"))
     assert len(first) + len(second) == len(whole)

@@ -100,7 +100,7 @@ def test_two_complementary_slices_are_the_whole(numbers, percent):
         ("builtin:copy", r"no field 'text'"),
         ("text:none.txt", r"no file 'none.txt', seen from "),
         ("text:b.txt", r"'text:b.txt' is empty"),
-        ("text:folder", r"files ending in \.txt, .* in the folder 'folder'"),
+        ("text:folder", r"no file ending in \.txt, .* in the folder 'folder'"),
         ("jsonl:none.jsonl", r"no file 'none.jsonl'"),
         ("jsonl:b.txt", r"'jsonl:b.txt' is empty"),
         ("0.5*text:a.txt + text:c.txt", r"'text:c.txt' in the mixture .* has no positive weight"),
