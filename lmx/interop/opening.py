@@ -10,7 +10,7 @@ import jax
 from jaxtyping import PyTree
 
 from lmx.config import Config, Data, Model, Objective, Tokenizer, Train
-from lmx.errors import CheckpointError
+from lmx.errors import CheckpointError, LmxError
 from lmx.interop.adapters import Adapters, is_adapter
 from lmx.interop.families import family_of, head_of
 from lmx.interop.pretrained import Report, load_params, model_config, open_checkpoint
@@ -22,6 +22,7 @@ from lmx.text.published import PublishedTokenizer
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # .bin only where there is nothing else
+DTYPES = ("float32", "bfloat16")  # of parameters
 LONGEST_ROW = 512  # tokens of a row, where the model has no smaller bound
 
 
@@ -54,9 +55,14 @@ def open_published(
       progress: called with each parameter's name and bytes once it is there.
 
     Raises:
+      LmxError: ``num_classes`` or ``dtype`` is none that there can be.
       CheckpointError: the checkpoint is damaged, or cannot be represented.
       DataError: the tokenizer's files are missing or damaged.
     """
+    if dtype not in (None, *DTYPES):
+        raise LmxError(f"dtype={dtype!r}: parameters are {' or '.join(map(repr, DTYPES))}; none keeps what there is.")
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        raise LmxError(f"num_classes={num_classes!r}, where a number from 1 on is due.")
     adapters = Adapters.open(folder) if is_adapter(folder) else None
     folder = locate(adapters.base) if adapters else folder
     theirs, tensors = open_checkpoint(folder)
@@ -70,27 +76,29 @@ def open_published(
         heads, objective = ("classification",), "classification"
         labels = labels if len(labels) == num_classes else tuple(map(str, range(num_classes)))
     model = model_config(theirs, tensors, heads, len(labels))
+    if objective == "classification" and model.architecture == "encoder_decoder":
+        raise LmxError(f"num_classes={num_classes}: a classifier reads one stack, and {folder} has two.")
     if adapters:
         if len(adapters.labels) == len(labels):
             labels = adapters.labels
         model, tensors = adapters.onto(family, model, tensors)
     tokenizer = PublishedTokenizer.open(folder)
-    layout = None if mesh is None else Layout(mesh)
-    params, report = load_params(folder, theirs, tensors, model, layout, dtype, progress=progress)
-    body = [
-        leaf for name, leaf in unrolled(params).items() if not name.startswith("heads/") and not name.endswith(ADAPTERS)
-    ]
-    kinds = {str(leaf.dtype) for leaf in body}
-    model = dataclasses.replace(model, dtype="bfloat16" if kinds == {"bfloat16"} else "float32")
     task = (adapters and adapters.task) or theirs.get("problem_type")
     regression = objective == "classification" and task == "regression"
-    config = Config(
+    config = Config(  # whose fields must fit each other before tensors are fitted to them
         model=model,
         objective=Objective(name=objective, task="regression" if regression else "classification"),
         data=Data(length=_longest(model), labels=labels if objective == "classification" and not regression else ()),
         tokenizer=Tokenizer(kind="published", path=str(folder)),
         train=Train(init_from=adapters.base if adapters else ""),
     )
+    layout = None if mesh is None else Layout(mesh)
+    params, report = load_params(folder, theirs, tensors, model, layout, dtype, progress=progress)
+    body = [
+        leaf for name, leaf in unrolled(params).items() if not name.startswith("heads/") and not name.endswith(ADAPTERS)
+    ]
+    kinds = {str(leaf.dtype) for leaf in body}
+    config = config.replace(model={"dtype": "bfloat16" if kinds == {"bfloat16"} else "float32"})
     return Published(config, params, tokenizer, report)
 
 

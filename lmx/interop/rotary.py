@@ -34,9 +34,12 @@ def rotary_fields(
     """Base, fraction and scaling.
 
     Raises:
-      CheckpointError: a kind of scaling that there is not.
+      CheckpointError: a kind of scaling that there is not, or what is no object.
     """
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    # Where both are there, transformers follows the older key alone.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise unsupported("rope_scaling", rope, ("an object with rope_type",))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" and kind not in KEYS:
         raise unsupported("rope_scaling.rope_type", kind, ("default", *KEYS))

@@ -71,9 +71,9 @@ def _check_manifest(manifest: Any) -> None:
     manifest["tokenizer"]["sha256"], manifest["tokenizer"]["section"], manifest["tokenizer"]["vocab_size"]
 
 
-def split_files(split: Mapping[str, Any]) -> dict[str, str]:
-    """The files of a manifest's split, and the SHA-256 of each."""
-    return {file["file"]: file["sha256"] for file in (split["index"], *split["shards"])}
+def split_files(split: Mapping[str, Any]) -> dict[str, str | None]:
+    """The files of a manifest's split, and the SHA-256 that it has of each."""
+    return {file["file"]: file.get("sha256") for file in (split["index"], *split["shards"])}
 
 
 class PreparedDocuments(Sequence[Mapping[str, Any]]):

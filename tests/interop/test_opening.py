@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import transformers as hf
 
 import lmx
@@ -49,6 +50,45 @@ def test_load_gives_what_transformers_gives_from_text(tmp_path):
         np.testing.assert_allclose(
             np.asarray(ours[f"encoder/{name}"])[real], state.detach().numpy()[real], atol=1e-5, err_msg=name
         )
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_rope_scaling_beside_rope_parameters_is_what_transformers_follows(kind, tmp_path):
+    folder = published(tmp_path, "llama2")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "default"
+    scaling = {"type": kind, "factor": 4.0, "original_max_position_embeddings": 16}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
+    tokens = torch.arange(1, 13)[None]
+    expected = hf.LlamaForCausalLM.from_pretrained(folder)(tokens).logits.detach().numpy()
+    np.testing.assert_allclose(lmx.load(folder).logits(tokens), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "dtype='float16': parameters are 'float32' or 'bfloat16'"),
+        ({"num_classes": "2"}, "num_classes='2', where a number from 1 on is due"),
+        ({"num_classes": 0}, "num_classes=0, where"),
+    ],
+)
+def test_options_that_there_are_not_are_refused(options, message, tmp_path):
+    with pytest.raises(LmxError, match=message):
+        lmx.load(published(tmp_path), **options)
+
+
+def test_two_stacks_are_no_classifier(tmp_path):
+    with pytest.raises(LmxError, match="num_classes=2: a classifier reads one stack, and .* has two"):
+        lmx.load(published(tmp_path, "t5"), num_classes=2)
+
+
+def test_fields_that_do_not_fit_each_other_are_told_before_tensors_are_read(tmp_path):
+    folder = published(tmp_path, "llama2")
+    config = json.loads((folder / "config.json").read_text())
+    heads = {"num_attention_heads": 5, "num_key_value_heads": 2, "head_dim": 8}
+    (folder / "config.json").write_text(json.dumps(config | heads))
+    with pytest.raises(LmxError, match=r"model.num_heads \(5\) is not a multiple of model.num_kv_heads \(2\)"):
+        lmx.load(folder)
 
 
 def test_how_numbers_are_multiplied_stays_the_runs_own(tmp_path):
