@@ -59,10 +59,7 @@ def open_published(
       CheckpointError: the checkpoint is damaged, or cannot be represented.
       DataError: the tokenizer's files are missing or damaged.
     """
-    if dtype not in (None, *DTYPES):
-        raise LmxError(f"dtype={dtype!r}: parameters are {' or '.join(map(repr, DTYPES))}; none keeps what there is.")
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise LmxError(f"num_classes={num_classes!r}, where a number from 1 on is due.")
+    _check_options(num_classes, dtype)
     adapters = Adapters.open(folder) if is_adapter(folder) else None
     folder = locate(adapters.base) if adapters else folder
     theirs, tensors = open_checkpoint(folder)
@@ -100,6 +97,13 @@ def open_published(
     kinds = {str(leaf.dtype) for leaf in body}
     config = config.replace(model={"dtype": "bfloat16" if kinds == {"bfloat16"} else "float32"})
     return Published(config, params, tokenizer, report)
+
+
+def _check_options(num_classes: Any, dtype: Any) -> None:
+    if dtype not in (None, *DTYPES):
+        raise LmxError(f"dtype={dtype!r}: parameters are {' or '.join(map(repr, DTYPES))}; none keeps what there is.")
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        raise LmxError(f"num_classes={num_classes!r}, where a number from 1 on is due.")
 
 
 def config_extras(config: Config, tokenizer: Any) -> dict[str, Any]:

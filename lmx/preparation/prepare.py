@@ -192,11 +192,12 @@ def _begin(folder: Path, plan: dict[str, Any], console: Console) -> bool:
         write_json(started, plan)
         manifest.unlink()
         return True
-    if started.is_file() and not any((folder / WORK).glob("*.cleaned")):  # nothing of it can be used again
+    before = json.loads(started.read_text(encoding="utf-8")) if started.is_file() else None
+    if before not in (None, plan) and not any((folder / WORK).glob("*.cleaned")):  # nothing of it would be lost
         shutil.rmtree(folder / WORK)
         shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
-    if started.is_file():
-        before = json.loads(started.read_text(encoding="utf-8"))
+        before = None
+    if before is not None:
         if before != plan:
             raise DataError(
                 f"{folder} holds part of a corpus, and since then this has changed: {_changes(before, plan)}. Give the "

@@ -205,6 +205,24 @@ def test_what_is_damaged_is_made_again_to_the_bit(sources, whole, tmp_path, dama
     assert contents(folder) == contents(whole[0])
 
 
+def test_making_again_what_is_damaged_may_be_broken_off(sources, whole, tmp_path, monkeypatch):
+    from lmx.preparation import prepare as module
+
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0], folder)
+    (folder / whole[1]["splits"]["train"]["shards"][1]["file"]).unlink()
+
+    def stop(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_run_here", stop)
+        with pytest.raises(Killed):
+            run(folder, sources)
+    run(folder, sources)
+    assert contents(folder) == contents(whole[0])
+
+
 def test_sigterm_stops_it_with_a_word_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
     from lmx.preparation import prepare as module
 
