@@ -180,6 +180,9 @@ def _add_data_commands(command) -> None:
     prepare.add_argument("--field", metavar="NAME", help="field of the records that holds the text (text)")
     prepare.add_argument("--documents", choices=("file", "line"), default="file", help="of text: files (file)")
     prepare.add_argument(
+        "--unreadable", choices=("stop", "skip"), default="stop", help="lines of jsonl:, documents of text: (stop)"
+    )
+    prepare.add_argument(
         "--steps", default="default", metavar="A,B", help="cleaning steps and groups, see below (default)"
     )
     prepare.add_argument("--min-words", type=int, default=5, metavar="N", help="fewer drop a document (5)")

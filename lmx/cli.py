@@ -147,6 +147,7 @@ def _convert(args: argparse.Namespace, overrides: list[str], console: Console) -
 
 def _tokenizer(args: argparse.Namespace, overrides: list[str], console: Console) -> None:
     from lmx.config import Tokenizer
+    from lmx.paths import new_folder
     from lmx.schema import check_section
     from lmx.text.corpora import open_source
     from lmx.text.tokenizers import make_tokenizer
@@ -160,10 +161,11 @@ def _tokenizer(args: argparse.Namespace, overrides: list[str], console: Console)
         lowercase=args.lowercase,
     )
     check_section(settings, "tokenizer.")
+    output = new_folder(args.output)
     source = open_source(args.data, (args.field,))
     tokenizer = make_tokenizer(settings, lambda: (source[i][args.field] for i in range(len(source))))
-    tokenizer.save(args.output)
-    console.print(f"{tokenizer.vocab_size:,} pieces in {Path(args.output).resolve()}", highlight=False)
+    tokenizer.save(output)
+    console.print(f"{tokenizer.vocab_size:,} pieces in {output}", highlight=False)
 
 
 def _bench(args: argparse.Namespace, overrides: list[str], console: Console) -> None:

@@ -14,7 +14,7 @@ from lmx.interop.opening import config_extras, locate
 from lmx.interop.pretrained import is_pretrained
 from lmx.interop.writing import save_pretrained
 from lmx.models.heads import num_params
-from lmx.paths import user_path
+from lmx.paths import new_folder, user_path
 from lmx.training.exported import write_params
 from lmx.training.workdir import write_config
 
@@ -27,9 +27,7 @@ def save_model(model: "LanguageModel", path: Path, format: str, progress: Callab
     writers = {"lmx": _save_whole, "hf": _save_published, "peft": _save_adapters}
     if format not in writers:
         raise LmxError(f"format {format!r} is unknown{nearest(format, writers)}")
-    target = user_path(path).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise LmxError(f"{target} exists already and is not overwritten; remove it, or choose another path.")
+    target = new_folder(path)
     beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     beside.mkdir(parents=True)
     try:

@@ -84,6 +84,7 @@ STEPS: dict[str, tuple[Step, str]] = {
 C4 = ("citations", "javascript", "policy", "punctuation", "line_words", "placeholder", "curly", "sentences")
 GROUPS = {"none": (), "default": ("unicode", "control"), "c4": ("unicode", "control", *C4)}
 SHORT = "min_words"  # how documents without enough words are counted
+UNREADABLE = "unreadable"  # and records that hold no text, where they are skipped
 
 
 def chosen_steps(names: str) -> tuple[str, ...]:

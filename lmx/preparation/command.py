@@ -65,7 +65,7 @@ def prepare_from(args: argparse.Namespace, config: Config | None, console: Conso
     field = args.field or (config.data.text_field if config else "text")
     settings = Settings(
         sources=tuple(args.source),
-        reading=Reading(field, args.documents),
+        reading=Reading(field, args.documents, args.unreadable),
         steps=chosen_steps(args.steps),
         min_words=args.min_words,
         duplicates=args.duplicates,

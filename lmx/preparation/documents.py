@@ -9,7 +9,7 @@ opened as training opens it, and read by ranges of records.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,10 +56,13 @@ class Reading:
     Attributes:
       field: of a record, that holds the text.
       documents: of a text file: ``file`` or ``line``.
+      unreadable: lines that are not JSON or have no text, documents that are not UTF-8: ``stop`` at one, or ``skip``
+        it. Tables say beforehand what they lack, so they are always refused.
     """
 
     field: str = "text"
     documents: str = "file"
+    unreadable: str = "stop"
 
 
 def plan_parts(specs: Sequence[str], reading: Reading, part_bytes: int) -> list[Part]:
@@ -109,21 +112,30 @@ def describe_files(files: Sequence[Path]) -> list[dict]:
     return described
 
 
-def read_part(part: Part, reading: Reading) -> Iterator[str]:
-    """The texts of a part, in order.
+def read_part(part: Part, reading: Reading) -> Iterator[str | DataError]:
+    """The texts of a part, in order; in the place of an unreadable one its error, where it is to be skipped.
 
     Raises:
-      DataError: a file is not UTF-8, damaged, or not JSON; or a record has no text in the field.
+      DataError: a file is damaged; or a record is not UTF-8, not JSON, or has no text in the field, and is not skipped.
     """
     for span in part.spans:
         if part.spec.startswith("jsonl:"):
-            yield from _json_texts(span, reading.field)
+            yield from _json_texts(span, reading)
         else:
-            yield from _texts(span, reading.documents)
+            yield from _texts(span, reading)
     if not part.spans:
         source = _opened(part.spec, reading.field)
         for index in range(part.start, part.stop):
             yield _text(source[index], reading.field, f"record {index} of {part.spec!r}")
+
+
+def _or_error(reading: Reading, read: Callable[[], str]) -> str | DataError:
+    try:
+        return read()
+    except DataError as error:
+        if reading.unreadable == "stop":
+            raise
+        return error
 
 
 @functools.lru_cache(maxsize=2)
@@ -132,9 +144,10 @@ def _opened(spec: str, field: str) -> Source:
 
 
 def _text(record: readers.Record, field: str, where: str) -> str:
-    if not isinstance(record[field], str):
-        raise DataError(f"field {field!r} of {where} is {record[field]!r}, where a text is due.")
-    return record[field]
+    text = record[field]
+    if not isinstance(text, str):
+        raise DataError(f"field {field!r} of {where} is {'null' if text is None else repr(text)}, where a text is due.")
+    return text
 
 
 def _grouped(files: Sequence[Path], part_bytes: int) -> Iterator[tuple[Span, ...]]:
@@ -159,8 +172,12 @@ def _grouped(files: Sequence[Path], part_bytes: int) -> Iterator[tuple[Span, ...
         yield tuple(group)
 
 
-def _json_texts(span: Span, field: str) -> Iterator[str]:
-    path = Path(span.path)
+def _json_texts(span: Span, reading: Reading) -> Iterator[str | DataError]:
+    path, field = Path(span.path), reading.field
+
+    def strictly(line: bytes, where: int | str, start: int) -> str:
+        return _text(readers.parse_record(line, path, where, start, (field,)), field, f"{path} line {where}")
+
     for number, (start, line) in enumerate(_lines(span, LONGEST_LINE), start=1):
         if len(line) >= LONGEST_LINE and not line.endswith(b"\n"):
             raise DataError(f"{path} has a line of more than {LONGEST_LINE:,} bytes at offset {start:,}.")
@@ -168,7 +185,7 @@ def _json_texts(span: Span, field: str) -> Iterator[str]:
             yield text
         elif line.strip():
             where = number if span.start == 0 else f"{number} after byte {span.start:,}"
-            yield _text(readers.parse_record(line, path, where, start, (field,)), field, f"{path} line {where}")
+            yield _or_error(reading, functools.partial(strictly, line, where, start))
 
 
 def _plain_text(line: bytes, field: str) -> str | None:
@@ -182,18 +199,22 @@ def _plain_text(line: bytes, field: str) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _texts(span: Span, documents: str) -> Iterator[str]:
+def _texts(span: Span, reading: Reading) -> Iterator[str | DataError]:
     held: list[bytes] = []
     begin = size = 0
+
+    def document() -> str:
+        return _decoded(b"".join(held), span.path, begin)
+
     for start, line in _lines(span, LONGEST_DOCUMENT):
         begin = begin if held else start
         held.append(line)
         size += len(line)
-        if size >= LONGEST_DOCUMENT or documents == "line":
-            yield _decoded(b"".join(held), span.path, begin)
+        if size >= LONGEST_DOCUMENT or reading.documents == "line":
+            yield _or_error(reading, document)
             held, size = [], 0
     if held:
-        yield _decoded(b"".join(held), span.path, begin)
+        yield _or_error(reading, document)
 
 
 def _decoded(content: bytes, path: str, offset: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lmx.preparation.cleaning import UNREADABLE
 from lmx.preparation.shards import Beside, Job
 from lmx.text.prepared import FORMAT, TOKENIZER, TRAIN, VALIDATION
 from lmx.text.tokenizers import load_tokenizer
@@ -45,7 +46,7 @@ def make_manifest(
     cleaned = [job.done(number, "cleaned") for number in range(len(job.parts))]
     written = [job.done(number, "written") for number in range(len(job.parts))]
     tokenizer = load_tokenizer(job.folder / TOKENIZER)
-    dropped: dict[str, dict[str, int]] = {}
+    dropped: dict[str, dict[str, Any]] = {UNREADABLE: _unreadable(cleaned)}
     for name in cleaned[0]["dropped"] if cleaned else ():
         dropped[name] = {kind: sum(part[key][name] for part in cleaned) for kind, key in _COUNTED.items()}
     for name in ("exact", "near"):
@@ -67,6 +68,12 @@ def make_manifest(
         "splits": {split: _split(split, written, index) for split, index in indexes.items()},
         "libraries": {name: importlib.metadata.version(name) for name in libraries},
     }
+
+
+def _unreadable(cleaned: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many records were skipped, and what was wrong with the first."""
+    first = [{"first": part[UNREADABLE]["first"]} for part in cleaned if part[UNREADABLE]["documents"]]
+    return {"documents": sum(part[UNREADABLE]["documents"] for part in cleaned)} | (first[0] if first else {})
 
 
 _COUNTED = {"documents": "dropped", "characters": "removed"}

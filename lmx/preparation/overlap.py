@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lmx.errors import DataError
-from lmx.preparation.documents import Reading, plan_parts, read_part
+from lmx.preparation.documents import Part, Reading, plan_parts, read_part
 from lmx.preparation.ngrams import ngram_hashes
+from lmx.text.corpora import split_mixture
 
 WORD = re.compile(r"\w+")
 PART_BYTES, SHOWN, LONGEST_SHOWN = 16 * 10**6, 10, 100
@@ -29,7 +30,7 @@ def overlap(
     """Prints how much of an evaluation set is found in a training source; writes it too if asked to.
 
     Args:
-      train, evaluation: source strings.
+      train, evaluation: source strings; of a mixture, all sources are read once.
       n: words of a run.
       field: of the records of both, that holds the text.
       json_path: a file for the rows.
@@ -43,7 +44,7 @@ def overlap(
     if n < 1:
         raise DataError(f"--n must be at least 1 word, not {n}.")
     reading = Reading(field)
-    examples = [text for part in plan_parts([evaluation], reading, PART_BYTES) for text in read_part(part, reading)]
+    examples = [text for part in _parts(evaluation, reading) for text in read_part(part, reading)]
     runs = [_runs(text, n) for text in examples]
     judged = [i for i, run in enumerate(runs) if len(run)]
     if not judged:
@@ -85,10 +86,15 @@ def overlap(
 
 
 def _train_texts(train: str, reading: Reading, console: Console) -> Iterator[str]:
-    parts = plan_parts([train], reading, PART_BYTES)
+    parts = _parts(train, reading)
     with Progress(console=console, transient=True) as progress:
         for part in progress.track(parts, description="reading"):
             yield from read_part(part, reading)
+
+
+def _parts(spec: str, reading: Reading) -> list[Part]:
+    """The parts of a source, or of all the sources of a mixture."""
+    return plan_parts([source for _, source in split_mixture(spec)], reading, PART_BYTES)
 
 
 def _runs(text: str, n: int) -> np.ndarray:

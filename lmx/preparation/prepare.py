@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lmx import config as schema
 from lmx.errors import DataError, LmxError
 from lmx.paths import user_path
-from lmx.preparation.cleaning import SHORT
+from lmx.preparation.cleaning import SHORT, UNREADABLE
 from lmx.preparation.documents import describe_files, plan_parts, source_files
 from lmx.preparation.duplicates import find_duplicates
 from lmx.preparation.manifest import make_manifest, write_indexes
@@ -278,6 +279,9 @@ def _summarize(folder: Path, console: Console) -> None:
     console.print(
         f"{counts['read']['documents']:,} documents read" + (f"; dropped: {listed}" if listed else ""), highlight=False
     )
+    if counts["dropped"][UNREADABLE]["documents"]:
+        first = counts["dropped"][UNREADABLE]["first"]
+        console.print(f"[yellow]warning:[/] unreadable, the first: {escape(first)}", highlight=False, soft_wrap=True)
     left = sum(split["documents"] for split in manifest["splits"].values())
     if not left:
         console.print("[yellow]warning:[/] nothing is left: every document was dropped.")

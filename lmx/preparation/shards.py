@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lmx.errors import DataError, missing_extra
-from lmx.preparation.cleaning import Cleaner
+from lmx.preparation.cleaning import UNREADABLE, Cleaner
 from lmx.preparation.documents import Part, Reading, read_part
 from lmx.preparation.duplicates import EXACT, MINIMA, NEAR, Bands, Column, minima, text_digest
 from lmx.text.prepared import TRAIN, VALIDATION, token_type
@@ -114,11 +114,15 @@ def clean_part(job: Job, number: int) -> dict[str, Any]:
     settings, part = job.settings, job.parts[number]
     cleaner = Cleaner(settings.steps, settings.min_words)
     read = {"documents": 0, "characters": 0}
-    digest = hashlib.sha256()
+    digest, unreadable = hashlib.sha256(), {"documents": 0}
 
     def cleaned() -> Iterator[tuple[str, bytes]]:
         for text in read_part(part, settings.reading):
             read["documents"] += 1
+            if isinstance(text, DataError):
+                unreadable["documents"] += 1
+                unreadable.setdefault("first", str(text))
+                continue
             read["characters"] += len(text)
             digest.update(own := text_digest(text))
             if kept := cleaner(text):
@@ -143,6 +147,7 @@ def clean_part(job: Job, number: int) -> dict[str, Any]:
             for file in files:
                 file.close()
     counts = {"read": read, "sha256": digest.hexdigest(), "dropped": cleaner.dropped, "removed": cleaner.removed}
+    counts[UNREADABLE] = unreadable
     write_json(job.file(number, "cleaned"), counts)
     return counts
 

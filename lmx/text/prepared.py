@@ -51,7 +51,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         hint = "is not finished: run the same `lmx data prepare` again" if (folder / "work").is_dir() else "has none"
         raise DataError(f"a prepared folder holds {MANIFEST}, and {str(folder)!r} {hint}.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); prepare the corpus again.") from None
+        raise DataError(
+            f"{path} is damaged ({error!r}); remove {str(folder)!r}, and prepare the corpus again."
+        ) from None
 
 
 def _check_manifest(manifest: Any) -> None:

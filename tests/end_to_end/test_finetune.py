@@ -81,10 +81,10 @@ def test_more_classes_than_the_head_has_are_counted(body, reviews, tmp_path):
 
 
 def test_a_tokenizer_trained_apart_serves_a_run(reviews, tmp_path):
-    made = lmx(
-        "tokenizer", "--data", reviews, "--output", tmp_path / "words", "--vocab-size", 300, "--model-type", "bpe"
-    )
-    assert "300 pieces" in made.stdout
+    command = ["tokenizer", "--data", reviews, "--output", tmp_path / "words", "--vocab-size", 300]
+    assert "300 pieces" in lmx(*command, "--model-type", "bpe").stdout
+    again = lmx(*command, check=False)
+    assert again.returncode == 2 and "exists already and is not overwritten" in " ".join(again.stderr.split())
     settings = flags(f"data.train={reviews}", f"data.eval={reviews}", "train.steps=2")
     settings += ["--config.tokenizer.kind=sentencepiece", f"--config.tokenizer.path={tmp_path / 'words'}"]
     lmx("train", "--config", ROOT / "experiments" / "mlm.py:tiny", "--workdir", tmp_path / "run", *settings)

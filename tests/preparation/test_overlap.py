@@ -45,6 +45,13 @@ def test_runs_of_words_are_found_whatever_their_case_and_punctuation(sources, ca
     assert "100.0% of example 0: word0 word1" in capsys.readouterr().out
 
 
+def test_all_sources_of_a_mixture_are_looked_through(sources):
+    (sources / "other.jsonl").write_text(json.dumps({"text": "abcdefghijklmnop"}) + "\n")
+    mixture = f"0.9*jsonl:{sources}/other.jsonl + 0.1*jsonl:{sources}/train.jsonl"
+    values = {row["name"]: row["value"] for row in overlap(mixture, f"jsonl:{sources}/eval.jsonl", 13, Console())}
+    assert values["documents"] == 4 and values["runs/found"] == 28
+
+
 def test_what_cannot_be_judged_is_an_error(sources):
     train, evaluation = f"jsonl:{sources}/train.jsonl", f"jsonl:{sources}/eval.jsonl"
     with pytest.raises(DataError, match="no example of .* has 50 words; ask for fewer"):

@@ -243,6 +243,38 @@ def test_a_corpus_of_which_nothing_is_left_says_so(tmp_path, capsys):
     assert "nothing is left: every document was dropped" in " ".join(capsys.readouterr().out.split())
 
 
+def test_records_that_cannot_be_read_are_skipped_and_counted_if_asked_for(tmp_path, capsys):
+    good = [f"number {i} of the documents that can be read" for i in range(6)]
+    lines = [json.dumps({"text": text}).encode() for text in good]
+    bad = [b'{"text": "cut sho', b'{"text": null}', b'{"other": "field"}', b'{"text": "caf\xe9"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([lines[0], *bad, *lines[1:]]) + b"\n")
+    sources = (f"jsonl:{tmp_path}/a.jsonl",)
+    with pytest.raises(DataError, match="line 2 is not JSON"):
+        run(tmp_path / "strict", sources)
+    reading = Reading(unreadable="skip")
+    manifest = run(tmp_path / "one", sources, reading=reading, validation=0, part_bytes=10**6)
+    assert texts(tmp_path / "one", "train") == good
+    assert manifest["counts"]["read"]["documents"] == len(lines) + len(bad)
+    skipped = manifest["counts"]["dropped"]["unreadable"]
+    assert skipped["documents"] == len(bad) and "a.jsonl line 2 is not JSON" in skipped["first"]
+    parts = run(tmp_path / "parts", sources, reading=reading, validation=0, part_bytes=60)
+    assert texts(tmp_path / "parts", "train") == good
+    assert parts["counts"]["dropped"]["unreadable"]["documents"] == len(bad)
+    command = ["data", "prepare", "--source", sources[0], "--output", str(tmp_path / "out"), "--processes", "1"]
+    assert cli.main([*command, "--unreadable", "skip"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "4 unreadable" in told and "warning: unreadable, the first:" in told and "line 2 is not JSON" in told
+
+
+def test_texts_that_cannot_be_read_are_skipped_too(tmp_path):
+    good = "six words that can be read"
+    (tmp_path / "a.txt").write_text(good)
+    (tmp_path / "b.txt").write_bytes(b"one two three four five caf\xe9")
+    manifest = run(tmp_path / "out", (f"text:{tmp_path}",), reading=Reading(unreadable="skip"), validation=0)
+    assert texts(tmp_path / "out", "train") == [good]
+    assert manifest["counts"]["dropped"]["unreadable"]["documents"] == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
