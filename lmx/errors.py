@@ -48,6 +48,15 @@ def missing_extra(package: str, extra: str, purpose: str) -> LmxError:
 
 
 @contextlib.contextmanager
+def located(where: object) -> Iterator[None]:
+    """Puts the place, a file or a folder, before what an error for the reader says."""
+    try:
+        yield
+    except LmxError as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+@contextlib.contextmanager
 def damage_is(kind: type[LmxError], what: str) -> Iterator[None]:
     """Turns whatever a library raises about a file that others wrote into an error for the reader.
 

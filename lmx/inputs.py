@@ -58,7 +58,10 @@ def padded(examples: Sequence[dict[str, np.ndarray]], length: int) -> dict[str, 
 
 def _ids(name: str, values: ArrayLike, limit: int, like: np.ndarray | None = None) -> np.ndarray:
     """The values as int32 [batch, length], all from 0 to below ``limit``: JAX would clip others silently."""
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise LmxError(f"the rows of {name} differ in length; pad them, and give an attention_mask.") from None
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iub":
         raise LmxError(f"{name} must be whole numbers [batch, length], not {array.dtype} of shape {array.shape}.")
     if like is not None and array.shape != like.shape:

@@ -23,6 +23,7 @@ from lmx.inputs import batch_of_ids, padded
 from lmx.interop.adapters import is_adapter
 from lmx.interop.opening import locate, open_published
 from lmx.interop.pretrained import is_pretrained
+from lmx.interop.pretrained import read_config as read_published_config
 from lmx.models.heads import num_params
 from lmx.models.lora import merge_adapters
 from lmx.models.quantized import is_quantized, quantize_params
@@ -135,15 +136,17 @@ class LanguageModel:
         """The ids of a text, with the special tokens that training puts around it."""
         objective = self.objective
         if isinstance(objective, Classification):
-            return objective.inputs(self._record(text))["tokens"].tolist()
+            return self._known(objective.inputs(self._record(text)))["tokens"].tolist()
         ids = self.tokenizer.encode(text)
         if self.config.tokenizer.kind == "published":
-            return self.tokenizer.frame().around([ids])[0]
-        if isinstance(objective, EncoderDecoderObjective):
-            return [*ids, objective.eos]
-        if isinstance(objective, MaskedLanguageModel):
-            return [*objective.cls, *ids, *objective.sep]
-        return [*objective.cut.before, *ids]
+            ids = self.tokenizer.frame().around([ids])[0]
+        elif isinstance(objective, EncoderDecoderObjective):
+            ids = [*ids, objective.eos]
+        elif isinstance(objective, MaskedLanguageModel):
+            ids = [*objective.cls, *ids, *objective.sep]
+        else:
+            ids = [*objective.cut.before, *ids]
+        return self._known({"tokens": ids})["tokens"]
 
     def generate(
         self,
@@ -164,7 +167,8 @@ class LanguageModel:
 
         Args:
           prompts: a text, which gives a text, or several, which give a list.
-          stop: a text ends before the first of these; so it does with the end-of-sequence token.
+          stop: a text ends before the first of these; so it does with the end-of-sequence token, or with any that a
+            published checkpoint names in ``generation_config.json``.
           draft: a smaller model with the same tokenizer that proposes ``draft_tokens`` tokens at a time, which this one
             checks: the same text in fewer passes, or random text of the same distribution.
           max_new_tokens, temperature, top_k, top_p, num_beams, length_penalty, seed, int8_cache: see
@@ -200,7 +204,7 @@ class LanguageModel:
             num_beams=num_beams,
             length_penalty=length_penalty,
             vocab_size=self.tokenizer.vocab_size if self.tokenizer.vocab_size < self.config.model.vocab_size else None,
-            stop_ids=[objective.eos, *(piece[0] for piece in pieces if len(piece) == 1)],
+            stop_ids=[objective.eos, *self.tokenizer.stop_ids, *(piece[0] for piece in pieces if len(piece) == 1)],
             pad_id=self._pad_id,
             decoder_start_id=objective.start if isinstance(objective, EncoderDecoderObjective) else self._pad_id,
             bidirectional_prompt=isinstance(objective, PrefixLM),
@@ -225,7 +229,7 @@ class LanguageModel:
           LmxError: the model is no classifier, or reads pairs and gets single texts or the other way round.
         """
         self._check_classifier()
-        examples = [self.objective.inputs(self._record(text)) for text in _as_list(texts)]
+        examples = [self._known(self.objective.inputs(self._record(text))) for text in _as_list(texts)]
         chunks = [examples[i : i + PREDICT_BATCH] for i in range(0, len(examples), PREDICT_BATCH)]
         found = [prediction for chunk in chunks for prediction in self._predicted(chunk)]
         return found[0] if isinstance(texts, str) else found
@@ -259,7 +263,7 @@ class LanguageModel:
         else:
             named = [r | {self.config.data.label_field: label} for r, label in zip(records, labels, strict=True)]
             examples = [objective.view(record, np.random.default_rng(0), None) for record in named]
-        return padded(examples, max(len(example["tokens"]) for example in examples))
+        return padded(list(map(self._known, examples)), max(len(example["tokens"]) for example in examples))
 
     def merged(self) -> "LanguageModel":
         """The same with its low-rank adapters, if it has any, merged into the parameters they add to."""
@@ -304,6 +308,16 @@ class LanguageModel:
                 "fine-tune it with objective 'classification' (train.init_from)."
             )
 
+    def _known(self, example: dict[str, Any]) -> dict[str, Any]:
+        """The example, whose tokens the model must all have a row for: JAX would clip others silently."""
+        rows = self.config.model.vocab_size
+        if (largest := max(example["tokens"], default=0)) >= rows:
+            raise LmxError(
+                f"a text has the token {largest}, and the model's table has the rows 0 to {rows - 1}: this is not the "
+                "model's tokenizer, or it was enlarged without the model."
+            )
+        return example
+
     def _record(self, text: str | tuple[str, str]) -> dict[str, str]:
         """A text or a pair as the record that the classifier's objective reads."""
         fields = [name for name in (self.config.data.text_field, self.config.data.pair_field) if name]
@@ -342,25 +356,33 @@ def load(
       path: a workdir of ``lmx train``, a folder that :meth:`LanguageModel.save` wrote, or a published checkpoint in the
         form of Hugging Face's ``transformers``, as a folder or a name on the hub; also a folder of adapters in the
         form of ``peft``, which names the published checkpoint that they belong to.
-      step: which checkpoint of a workdir; none is the newest.
+      step: of a workdir: which checkpoint; none is the newest.
       num_classes: of a published checkpoint: a classifier with so many classes. Its output layer is fresh unless the
         checkpoint has one for as many.
       mesh: of a published checkpoint: the devices to load onto; none is the first.
       dtype: of a published checkpoint: "float32" or "bfloat16"; none keeps what it has.
       progress: of a published checkpoint: called with the name and the bytes of each parameter that is there.
 
+    Warns of what a published checkpoint lacks: a tokenizer, tensors of a head that was asked for.
+
     Raises:
       CheckpointError: there is no such model, it is damaged, or it cannot be represented.
+      DataError: its tokenizer is damaged.
+      LmxError: an option has a value that it cannot have, or is not for this kind of model.
     """
     folder = locate(str(path))
     if is_pretrained(folder) or is_adapter(folder):
+        if step is not None:
+            raise LmxError(f"{path} is a published checkpoint, which has no steps; leave step={step} out.")
         opened = open_published(folder, num_classes=num_classes, mesh=mesh, dtype=dtype, progress=progress)
-        for name in opened.report.fresh:
-            warnings.warn(f"{name} is not in {path}: it is freshly initialized, and means nothing yet.", stacklevel=2)
+        for warning in opened.warnings:
+            warnings.warn(warning, stacklevel=2)
         return LanguageModel(opened.config, opened.params, opened.tokenizer)
     if num_classes or mesh is not None or dtype:
         raise LmxError(f"num_classes, mesh and dtype are for published checkpoints, and {path} is none.")
     found = {name for name in ("config.json", "checkpoints", "params", "tokenizer") if (folder / name).exists()}
+    if found == {"config.json"}:
+        read_published_config(folder)  # which says why it is none
     if not {"config.json", "tokenizer"} <= found or not {"checkpoints", "params"} & found:
         state = f"has {', '.join(sorted(found)) or 'none of these'}" if folder.is_dir() else "is no folder"
         raise CheckpointError(

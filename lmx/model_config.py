@@ -34,13 +34,17 @@ class Experts:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters (Hu et al. 2021): ``W + alpha / rank * A B``, and only A, B and the heads are trained."""
+    """Low-rank adapters (Hu et al. 2021): ``W + alpha / rank * A B``, and only A, B and some heads are trained."""
 
     rank: int = option(0, "Inner width of an adapter; 0: no adapters.", low=0)
     alpha: float = option(16.0, "The product is multiplied by alpha / rank.", low=0)
     targets: tuple[str, ...] = option(
         ("attention/query", "attention/value"),
         "Projections that have one, by the end of their path: attention/query, mlp/in, out, ….",
+    )
+    heads: tuple[str, ...] = option(
+        ("classification", "span"),
+        "Heads that are trained whole beside the adapters; others, such as lm and mlm, stay as they are.",
     )
 
 

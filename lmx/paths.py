@@ -5,10 +5,18 @@ from pathlib import Path
 
 from lmx.errors import LmxError
 
+LFS = b"version https://git-lfs"  # how such a note begins
+
 
 def user_path(path: str | os.PathLike[str]) -> Path:
     """``path`` with a home folder for ``~`` or ``~name``, as in a shell: where there is no such user, it stays."""
     return Path(os.path.expanduser(path))
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether Git left a note in the place of the file, because it was cloned without Git LFS."""
+    with path.open("rb") as file:
+        return file.read(len(LFS)) == LFS
 
 
 def new_folder(path: str | os.PathLike[str]) -> Path:

@@ -253,12 +253,26 @@ def test_a_workdir_opens_at_its_newest_or_a_named_step(tmp_path):
 def test_what_is_no_model_is_an_error_that_says_what_was_looked_for(tmp_path):
     with pytest.raises(CheckpointError, match=r"there is no folder '.*nowhere'"):
         lmx.load(tmp_path / "nowhere")
-    (tmp_path / "config.json").write_text(json.dumps({"sort": "gpt2"}))
-    with pytest.raises(CheckpointError, match=r"config.json, tokenizer/ and checkpoints/.* has config.json"):
+    for content, message in (
+        ('{"sort": "gpt2"}', "config.json of a published checkpoint: it has no model_type"),
+        ("[1]", "it is no JSON object"),
+        ('{"model_type": "gpt2",}', "Expecting property name"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            lmx.load(tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(CheckpointError, match=r"config.json, tokenizer/ and checkpoints/.* has config.json, tokenizer"):
         lmx.load(tmp_path)
+    (tmp_path / "tokenizer").rmdir()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(CheckpointError, match="has no weights: neither model.safetensors"):
         lmx.load(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(CheckpointError, match="There are model-00001-of-00002.safetensors; shards need their index"):
+        lmx.load(tmp_path)
+    with pytest.raises(LmxError, match="has no steps; leave step=3 out"):
+        lmx.load(tmp_path, step=3)
 
 
 def test_parameters_of_another_size_are_an_error(tmp_path):

@@ -94,10 +94,10 @@ def generate(
         _check_draft(model.config, draft)
     sampling = make_sampling(temperature, top_k, top_p, vocab_size)
     configs = {"model": model.config} | ({"the draft's model": draft.model.config} if draft else {})
-    for name, config in configs.items():
-        _check_lengths(name, config, prompts, max_new_tokens)
     if not prompts:
         return []
+    for name, config in configs.items():
+        _check_lengths(name, config, prompts, max_new_tokens)
     length = min(bucket(max(map(len, prompts))), *map(_longest, configs.values()))
     padded = pad_prompts(prompts, length, pad_id, left=model.config.architecture == "decoder")
     tokens, segments = map(jnp.asarray, padded)
@@ -202,7 +202,7 @@ def _check_lengths(name: str, config: Model, prompts: Sequence[Sequence[int]], m
         raise LmxError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
     if not all(len(prompt) for prompt in prompts):
         raise LmxError("a prompt is empty; generating starts from at least one token.")
-    prompt = max(map(len, prompts), default=0)
+    prompt = max(map(len, prompts))
     two = config.architecture == "encoder_decoder"
     needed = max(prompt, max_new_tokens) if two else prompt + max_new_tokens
     if needed > _longest(config):

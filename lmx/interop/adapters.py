@@ -52,7 +52,7 @@ def is_adapter(folder: Path) -> bool:
 def save_adapters(
     folder: Path, model: Model, params: Any, base: str, objective: str, task: str, labels: Sequence[str] = ()
 ) -> None:
-    """Writes the adapters and the heads trained beside them.
+    """Writes the adapters and the heads trained beside them (``model.lora.heads``).
 
     Args:
       folder: an existing folder.
@@ -67,7 +67,7 @@ def save_adapters(
 
     if not model.lora.rank:
         raise CheckpointError("the model has no adapters (model.lora.rank is 0); save it whole, with format='hf'.")
-    if "mlm" in model.heads:
+    if "mlm" in model.heads and "mlm" in model.lora.heads:
         raise CheckpointError("the parts of an MLM head cannot be named for peft; save the model whole: format='hf'.")
     family, name, _ = written_as(dataclasses.replace(model, lora=Lora()))
     leaves = unrolled(params)
@@ -109,7 +109,8 @@ def _split(
     modules, heads, written = {}, {}, set()
     for weight in weights:
         if weight.ours.startswith("heads/"):
-            weight.write(np.asarray(leaves[weight.ours]), heads)
+            if weight.ours.split("/")[1] in model.lora.heads:
+                weight.write(np.asarray(leaves[weight.ours]), heads)
             written.add(weight.ours)
         elif weight.ours.endswith("/kernel") and has_adapter(model, weight.ours.split("/")[:-1]):
             pair: dict[str, np.ndarray] = {}
@@ -206,7 +207,12 @@ class Adapters:
         rank = max(len(self.tensors[f"{module}.lora_A.weight"]) for module in self.scales)
         scale = max(self.scales.values())
         targets = sorted({"/".join(ours.split("/")[-3:-1]) for ours in found})
-        model = dataclasses.replace(model, lora=Lora(rank=rank, alpha=scale * rank, targets=tuple(targets)))
+        whole = {
+            w.ours.split("/")[1] for w in family.weights(model) if w.ours[:6] == "heads/" and w.theirs in self.tensors
+        }
+        heads = tuple(dict.fromkeys([*Lora().heads, *sorted(whole)]))
+        lora = Lora(rank=rank, alpha=scale * rank, targets=tuple(targets), heads=heads)
+        model = dataclasses.replace(model, lora=lora)
         named = canonical(family, base.shapes)
         shapes = {name: base.shapes[theirs] for name, theirs in named.items()}
         arrays = {name: array for name, array in self.tensors.items() if ".lora_" not in name}

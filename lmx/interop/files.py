@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from lmx.errors import CheckpointError, missing_extra
+from lmx.paths import is_lfs_pointer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -60,8 +61,10 @@ def open_tensors(folder: Path) -> Tensors:
             return cls(_shards(folder / index))
         if (folder / single).is_file():
             return cls([folder / single])
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    hint = f" There are {', '.join(others[:3])}; shards need their index, fetch it too." if others else ""
     raise CheckpointError(
-        f"{folder} has no weights: neither {SINGLE} nor {INDEX}, {TORCH_SINGLE} nor {TORCH_INDEX} is there."
+        f"{folder} has no weights: neither {SINGLE} nor {INDEX}, {TORCH_SINGLE} nor {TORCH_INDEX} is there.{hint}"
     )
 
 
@@ -77,6 +80,12 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{index} names shards that are not there: {', '.join(missing)}. Fetch them again.")
     return [index.parent / name for name in names]
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    if path.is_file() and is_lfs_pointer(path):
+        what = "is a note of Git LFS and not the file itself; fetch it with `git lfs pull`"
+    return CheckpointError(f"{path} {what}.")
 
 
 class Safetensors(Tensors):
@@ -97,7 +106,7 @@ class Safetensors(Tensors):
                     length = int.from_bytes(file.read(8), "little")
                     header = json.loads(file.read(length))
             except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{path} is damaged or cut short ({error}); fetch it again.") from None
+                raise _damaged(path, f"is damaged or cut short ({error}); fetch it again") from None
             header.pop("__metadata__", None)
             for name, entry in header.items():
                 self.shapes[name], self.files[name] = tuple(entry["shape"]), path
@@ -137,7 +146,7 @@ class TorchTensors(Tensors):
                 self._tensors |= {name: tensor.detach() for name, tensor in loaded.items()}
             except Exception as error:  # unpickling raises almost anything
                 reason = (str(error).splitlines() or [""])[0][:200]
-                raise CheckpointError(f"{path} is damaged, or no file of plain tensors ({reason}).") from None
+                raise _damaged(path, f"is damaged, or no file of plain tensors ({reason})") from None
             self.shapes |= {name: tuple(self._tensors[name].shape) for name in loaded}
             self.files |= dict.fromkeys(loaded, path)
 

@@ -10,15 +10,16 @@ import jax
 from jaxtyping import PyTree
 
 from lmx.config import Config, Data, Model, Objective, Tokenizer, Train
-from lmx.errors import CheckpointError, LmxError
-from lmx.interop.adapters import Adapters, is_adapter
+from lmx.errors import CheckpointError, LmxError, located
+from lmx.interop.adapters import CONFIG, Adapters, is_adapter
 from lmx.interop.families import family_of, head_of
 from lmx.interop.pretrained import Report, load_params, model_config, open_checkpoint
 from lmx.interop.writing import unrolled
 from lmx.models.lora import ADAPTERS
 from lmx.parallel.sharding import Layout
 from lmx.paths import user_path
-from lmx.text.published import PublishedTokenizer
+from lmx.text.published import MissingTokenizer, NoTokenizer, PublishedTokenizer
+from lmx.text.tokenizers import Tokenizer as AnyTokenizer
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # .bin only where there is nothing else
@@ -28,12 +29,20 @@ LONGEST_ROW = 512  # tokens of a row, where the model has no smaller bound
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """An opened checkpoint."""
+    """An opened checkpoint.
+
+    Attributes:
+      config, params: the model.
+      tokenizer: the folder's, or a :class:`MissingTokenizer` where it has none.
+      report: what became of the tensors.
+      warnings: what whoever opened it should know.
+    """
 
     config: Config
     params: PyTree
-    tokenizer: PublishedTokenizer
+    tokenizer: AnyTokenizer
     report: Report
+    warnings: tuple[str, ...]
 
 
 def open_published(
@@ -57,11 +66,13 @@ def open_published(
     Raises:
       LmxError: ``num_classes`` or ``dtype`` is none that there can be.
       CheckpointError: the checkpoint is damaged, or cannot be represented.
-      DataError: the tokenizer's files are missing or damaged.
+      DataError: the tokenizer's files are damaged.
     """
     _check_options(num_classes, dtype)
     adapters = Adapters.open(folder) if is_adapter(folder) else None
-    folder = locate(adapters.base) if adapters else folder
+    if adapters:
+        with located(f"base_model_name_or_path of {folder / CONFIG}"):
+            folder = locate(adapters.base)
     theirs, tensors = open_checkpoint(folder)
     family = family_of(theirs["model_type"])
     if adapters:
@@ -71,7 +82,7 @@ def open_published(
     heads, objective, labels = head.heads, head.objective, _labels(theirs)
     if num_classes is not None:
         heads, objective = ("classification",), "classification"
-        labels = labels if len(labels) == num_classes else tuple(map(str, range(num_classes)))
+        labels = labels if len(labels) == num_classes else _unnamed(num_classes)
     model = model_config(theirs, tensors, heads, len(labels))
     if objective == "classification" and model.architecture == "encoder_decoder":
         raise LmxError(f"num_classes={num_classes}: a classifier reads one stack, and {folder} has two.")
@@ -79,7 +90,7 @@ def open_published(
         if len(adapters.labels) == len(labels):
             labels = adapters.labels
         model, tensors = adapters.onto(family, model, tensors)
-    tokenizer = PublishedTokenizer.open(folder)
+    tokenizer, warnings = _tokenizer(folder, theirs, model)
     task = (adapters and adapters.task) or theirs.get("problem_type")
     regression = objective == "classification" and task == "regression"
     config = Config(  # whose fields must fit each other before tensors are fitted to them
@@ -96,7 +107,25 @@ def open_published(
     ]
     kinds = {str(leaf.dtype) for leaf in body}
     config = config.replace(model={"dtype": "bfloat16" if kinds == {"bfloat16"} else "float32"})
-    return Published(config, params, tokenizer, report)
+    if report.fresh:
+        warnings.append(f"{', '.join(report.fresh)}: not in {folder}, so freshly initialized, and means nothing yet.")
+    return Published(config, params, tokenizer, report, tuple(warnings))
+
+
+def _tokenizer(folder: Path, theirs: Mapping[str, Any], model: Model) -> tuple[AnyTokenizer, list[str]]:
+    """The tokenizer, and what is to be said about it."""
+    try:
+        tokenizer = PublishedTokenizer.open(folder)
+    except NoTokenizer as error:
+        ids = {f"{role}_id": theirs.get(f"{role}_token_id") for role in ("pad", "bos", "eos")}
+        ids = {name: found[0] if isinstance(found, list) and found else found for name, found in ids.items()}
+        return MissingTokenizer(model.vocab_size, **ids), [f"{error} The model reads ids, and no texts."]
+    if tokenizer.vocab_size > model.vocab_size:
+        return tokenizer, [
+            f"the tokenizer of {folder} has {tokenizer.vocab_size:,} ids, and the model's table {model.vocab_size:,} "
+            "rows: texts with any of the others are refused."
+        ]
+    return tokenizer, []
 
 
 def _check_options(num_classes: Any, dtype: Any) -> None:
@@ -108,9 +137,12 @@ def _check_options(num_classes: Any, dtype: Any) -> None:
 
 def config_extras(config: Config, tokenizer: Any) -> dict[str, Any]:
     """What ``config.json`` says beside the model: names of the classes and ids of special tokens."""
-    ids = {name: getattr(tokenizer, name) for name in ("pad_id", "bos_id", "eos_id")}
-    extras: dict[str, Any] = {name.replace("_id", "_token_id"): i for name, i in ids.items() if i is not None}
-    if config.objective.name == "classification":
+    classifies, stops = config.objective.name == "classification", tokenizer.stop_ids
+    ids = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": list(stops) if len(stops) > 1 else tokenizer.eos_id}
+    if classifies and tokenizer.pad_id is None:
+        ids["pad"] = tokenizer.eos_id  # a decoder's classifier has to know where a row ends
+    extras: dict[str, Any] = {f"{name}_token_id": i for name, i in ids.items() if i is not None}
+    if classifies:
         if config.objective.task == "regression":
             extras |= {"problem_type": "regression", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         else:
@@ -171,7 +203,12 @@ def _labels(config: Mapping[str, Any]) -> Sequence[str]:
     names = config.get("id2label")
     if names:
         return tuple(names[key] for key in sorted(names, key=int))
-    return tuple(f"LABEL_{i}" for i in range(config.get("num_labels", 2)))
+    return _unnamed(config.get("num_labels", 2))
+
+
+def _unnamed(number: int) -> tuple[str, ...]:
+    """Names of classes that have none, as they are called there."""
+    return tuple(f"LABEL_{i}" for i in range(number))
 
 
 def _longest(model: Model) -> int:

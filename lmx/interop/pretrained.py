@@ -75,12 +75,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The folder's ``config.json``; a CheckpointError where it cannot be read."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
-        if type(config["model_type"]) is not str:
-            raise TypeError(f"model_type is {config['model_type']!r}")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no config.json of a published checkpoint: {error!r}.") from None
-    return config
+        config = json.loads(path.read_text(encoding="utf-8"))
+        reason = "it is no JSON object" if type(config) is not dict else "it has no model_type"
+        if type(config) is dict and type(config.get("model_type")) is str:
+            return config
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    raise CheckpointError(f"{path} is no config.json of a published checkpoint: {reason}.")
 
 
 def model_config(config: Mapping[str, Any], tensors: Tensors, heads: tuple[str, ...], num_classes: int = 2) -> Model:
@@ -133,17 +134,9 @@ def load_params(
       CheckpointError: a tensor is missing, has another shape, holds a NaN, or has no place in the model.
     """
     family = family_of(config["model_type"])
-    named = canonical(family, tensors.shapes)
     shapes, targets = _targets(family, model, layout)
-    resized = _resized(config, model, tensors, named, targets)
-    named = {name: theirs for name, theirs in named.items() if theirs not in resized}
-    found = [target for target in targets if target.missing(named) is None]
-    fresh = [target for target in targets if target.missing(named) is not None]
-    for target in fresh:
-        if not target.name.startswith("heads/") and not target.name.endswith(ADAPTERS):
-            raise CheckpointError(
-                f"{folder} lacks the tensor {target.missing(named)}, which {target.name} is read from."
-            )
+    named, resized = _named(config, model, tensors, targets)
+    found, fresh = _divided(folder, targets, named)
     ignored = resized | _ignored(folder, family, model, tensors, named, found)
     for target in found:
         target.check(tensors, named)
@@ -157,6 +150,33 @@ def load_params(
     params = jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], shapes)
     used = len({name for target in found for name in target.tensors})
     return params, Report(used, ignored, tuple(target.name for target in fresh))
+
+
+def fresh_params(folder: Path, config: Mapping[str, Any], tensors: Tensors, model: Model) -> tuple[str, ...]:
+    """The parameters of ``model`` that :func:`load_params` would draw afresh; no tensor is read for it."""
+    _, targets = _targets(family_of(config["model_type"]), model, None)
+    named, _ = _named(config, model, tensors, targets)
+    return tuple(target.name for target in _divided(folder, targets, named)[1])
+
+
+def _named(
+    config: Mapping[str, Any], model: Model, tensors: Tensors, targets: "list[_Target]"
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Names in the files by those of the table, and the tensors of another number of classes, with the reason."""
+    named = canonical(family_of(config["model_type"]), tensors.shapes)
+    resized = _resized(config, model, tensors, named, targets)
+    return {name: theirs for name, theirs in named.items() if theirs not in resized}, resized
+
+
+def _divided(folder: Path, targets: "list[_Target]", named: Mapping[str, str]) -> "tuple[list[_Target], list[_Target]]":
+    """What is read, and what is fresh; a CheckpointError where a part of the body would be."""
+    fresh = [target for target in targets if target.missing(named) is not None]
+    for target in fresh:
+        if not target.name.startswith("heads/") and not target.name.endswith(ADAPTERS):
+            raise CheckpointError(
+                f"{folder} lacks the tensor {target.missing(named)}, which {target.name} is read from."
+            )
+    return [target for target in targets if target.missing(named) is None], fresh
 
 
 def _targets(family: Family, model: Model, layout: Layout | None) -> tuple[PyTree, "list[_Target]"]:

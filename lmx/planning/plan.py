@@ -28,7 +28,6 @@ from lmx.planning.estimates import estimated_collectives, estimated_temporaries
 from lmx.planning.program import Program, compile_program, num_bytes
 from lmx.planning.targets import Target
 from lmx.training.experiment import Experiment
-from lmx.training.optimizers import trainable
 from lmx.training.state import step_rngs
 from lmx.training.step import loss_terms
 
@@ -206,8 +205,9 @@ def kept_activations(
 
 def _memory(program: Program, target: Target, kept: float, parts: dict[str, int]) -> Memory:
     state, experiment = program.state, program.experiment
-    mask = trainable(experiment.config.optimizer, state.params)
-    trained = [leaf for leaf, on in zip(*map(jax.tree.leaves, (state.params, mask)), strict=True) if on]
+    trained = [
+        leaf for leaf, on in zip(*map(jax.tree.leaves, (state.params, experiment.trainable())), strict=True) if on
+    ]
     parameters = num_bytes(state.params)
     optimizer = 0 if experiment.config.optimizer.offload else num_bytes(state.opt_state)
     batch, gradients = num_bytes(program.batch), num_bytes(trained)

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from lmx.errors import DataError, LmxError, damage_is, missing_extra
+from lmx.errors import DataError, LmxError, damage_is, located, missing_extra
 from lmx.text.gguf_header import check_gguf
 from lmx.text.sentence_pieces import llama_json, published_json
 from lmx.text.subwords import FileTokenizer, library, read_text
-from lmx.text.tokenizers import Frame
+from lmx.text.tokenizers import Frame, Tokenizer
 
 # What says how the tokenizer is used; kept and written back as found.
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json")
+GENERATION = "generation_config.json"
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json", GENERATION)
 TOKENIZER, WORD_PIECE, MERGES = "tokenizer.json", "vocab.txt", ("vocab.json", "merges.txt")
 SENTENCE_PIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 ROLES = {name: f"{name.removesuffix('_token')}_id" for name in (
@@ -27,12 +28,13 @@ class PublishedTokenizer(FileTokenizer):
 
     kind = "published"
 
-    def __init__(self, serialized: str, settings: Mapping[str, str]):
+    def __init__(self, serialized: str, settings: Mapping[str, str], ends: Any = None):
         """Opens a tokenizer.
 
         Args:
           serialized: the content of ``tokenizer.json``.
           settings: files of ``SETTINGS`` that are there, by name.
+          ends: ``eos_token_id`` of ``config.json``, one or several, for where ``generation_config.json`` has none.
 
         Raises:
           DataError: a file is damaged.
@@ -45,9 +47,10 @@ class PublishedTokenizer(FileTokenizer):
         for role in ROLES.values():
             setattr(self, role, named.get(role) if named else _usual(role, names))
         self._honour(config)
+        self._end_with(ends)
         added = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         roles = {i for i in (getattr(self, role) for role in ROLES.values()) if i is not None}
-        self.special_ids = frozenset(added | roles)
+        self.special_ids = frozenset(added | roles | {*self._ends})
         self._config = config
 
     @classmethod
@@ -57,7 +60,7 @@ class PublishedTokenizer(FileTokenizer):
         Raises:
           DataError: there are none, or they are damaged.
         """
-        with damage_is(DataError, f"the tokenizer in {folder}"):
+        with located(folder), damage_is(DataError, "the tokenizer"):
             return cls._open(folder)
 
     @classmethod
@@ -66,20 +69,10 @@ class PublishedTokenizer(FileTokenizer):
             return cls(*_from_gguf(folder))
         settings = {name: read_text(folder / name) for name in SETTINGS if (folder / name).is_file()}
         model = folder / "config.json"
-        model_type = _parsed(model.name, read_text(model)).get("model_type", "") if model.is_file() else ""
-        if (folder / TOKENIZER).is_file():
-            return cls(read_text(folder / TOKENIZER), settings)
+        described = _parsed(model.name, read_text(model)) if model.is_file() else {}
         config = _parsed("tokenizer_config.json", settings.get("tokenizer_config.json", "{}"))
-        if (folder / WORD_PIECE).is_file():
-            return cls(_word_piece(folder / WORD_PIECE, config), settings)
-        if all((folder / name).is_file() for name in MERGES):
-            return cls(_byte_pairs(folder, model_type), settings)
-        found = next((folder / name for name in SENTENCE_PIECE if (folder / name).is_file()), None)
-        if found is not None:
-            return cls(published_json(found, model_type, config), settings)
-        raise DataError(
-            f"{folder} has no tokenizer: {TOKENIZER}, {WORD_PIECE}, {' with '.join(MERGES)} or a SentencePiece model "
-            f"({', '.join(SENTENCE_PIECE)}) was looked for."
+        return cls(
+            _serialized(folder, described.get("model_type", ""), config), settings, described.get("eos_token_id")
         )
 
     @classmethod
@@ -126,6 +119,21 @@ class PublishedTokenizer(FileTokenizer):
         between = tuple(token for token, text in zip(ids[first:last], texts[first:last], strict=True) if text is None)
         return Frame(tuple(ids[:first]), tuple(ids[last:]), between, (types[first], types[last - 1]))
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokenizer's end of sequence, and what else ``generation_config.json`` names."""
+        return tuple(dict.fromkeys([*super().stop_ids, *self._ends]))
+
+    def _end_with(self, asked: Any) -> None:
+        """Takes over what ends a text that is generated; what only ``config.json`` says is kept with the tokenizer."""
+        generation = self._json(GENERATION)
+        named = _ids(GENERATION, generation.get("eos_token_id"))
+        self._ends = [i for i in named or _ids("config.json", asked) if i < self.vocab_size]
+        if self.eos_id is None and self._ends:
+            self.eos_id = self._ends[0]
+        if not named and {*self._ends} - {self.eos_id}:
+            self._settings[GENERATION] = json.dumps(generation | {"eos_token_id": self._ends}, indent=2)
+
     def _honour(self, config: Mapping[str, Any]) -> None:
         """Special tokens that ``tokenizer_config.json`` asks for, whatever ``tokenizer.json`` has (Llama)."""
         if "Llama" not in config.get("tokenizer_class", "") or not {"add_bos_token", "add_eos_token"} & set(config):
@@ -148,6 +156,74 @@ class PublishedTokenizer(FileTokenizer):
     def _published(self):
         files, _ = super()._files()
         return files | {name: text.encode() for name, text in self._settings.items()}
+
+
+class NoTokenizer(DataError):
+    """There are no files of a tokenizer."""
+
+
+class MissingTokenizer(Tokenizer):
+    """In the place of a tokenizer that a published checkpoint came without: it knows ids, and no texts."""
+
+    kind = "missing"
+
+    def __init__(
+        self, vocab_size: int, pad_id: int | None = None, bos_id: int | None = None, eos_id: int | None = None
+    ):
+        self.vocab_size, self.pad_id, self.bos_id, self.eos_id = vocab_size, pad_id, bos_id, eos_id
+
+    @classmethod
+    def load(cls, folder: Path, lowercase: bool, **ids: int | None) -> "MissingTokenizer":
+        """Opens what ``save`` wrote."""
+        return cls(**ids)
+
+    def frame(self, pair: bool = False) -> Frame:
+        raise self._refusal()
+
+    def _refusal(self) -> NoTokenizer:
+        return NoTokenizer(
+            "this model came without a tokenizer: it reads ids, and no texts; put its tokenizer beside it."
+        )
+
+    def _encode_batch(self, texts):
+        raise self._refusal()
+
+    def _decode(self, ids):
+        raise self._refusal()
+
+    def _surfaces(self):
+        raise self._refusal()
+
+    def _files(self):
+        return {}, {name: getattr(self, name) for name in ("vocab_size", "pad_id", "bos_id", "eos_id")}
+
+    def _published(self):
+        return {}
+
+
+def _serialized(folder: Path, model_type: str, config: Mapping[str, Any]) -> str:
+    """The ``tokenizer.json`` of whichever files there are."""
+    if (folder / TOKENIZER).is_file():
+        return read_text(folder / TOKENIZER)
+    if (folder / WORD_PIECE).is_file():
+        return _word_piece(folder / WORD_PIECE, config)
+    if all((folder / name).is_file() for name in MERGES):
+        return _byte_pairs(folder, model_type)
+    found = next((folder / name for name in SENTENCE_PIECE if (folder / name).is_file()), None)
+    if found is not None:
+        return published_json(found, model_type, config)
+    raise NoTokenizer(
+        f"there is no tokenizer: {TOKENIZER}, {WORD_PIECE}, {' with '.join(MERGES)} or a SentencePiece model "
+        f"({', '.join(SENTENCE_PIECE)}) was looked for."
+    )
+
+
+def _ids(name: str, found: Any) -> list[int]:
+    """One id or several; none is none."""
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(i) is not int or i < 0 for i in ids):
+        raise DataError(f"eos_token_id={found!r} of {name} is no token id, and no list of them.")
+    return ids
 
 
 def _parsed(name: str, text: str) -> dict[str, Any]:
@@ -235,7 +311,9 @@ def _from_gguf(path: Path) -> tuple[str, dict[str, str]]:
         serialized = llama_json(pieces, control, config.get("unk_token", "<unk>"), {})
     else:
         serialized = _gguf_byte_pairs(tokenizers, fields, names, control, config)
-    return serialized, {"tokenizer_config.json": json.dumps(config)}
+    ends = [fields[name] for name in (f"{prefix}{end}_token_id" for end in ("eos", "eot", "eom")) if name in fields]
+    settings = {"tokenizer_config.json": json.dumps(config)}
+    return serialized, settings | ({GENERATION: json.dumps({"eos_token_id": ends})} if len(ends) > 1 else {})
 
 
 # How texts are cut before byte pairs are merged, by the name that llama.cpp has for it.

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from lmx import config as schema
-from lmx.errors import ConfigError, DataError, damage_is, missing_extra
+from lmx.errors import ConfigError, DataError, damage_is, located, missing_extra
+from lmx.paths import is_lfs_pointer
 from lmx.text.tokenizers import SPECIALS, Tokenizer, check_sentinels
 
 MODEL_FILE = "spiece.model"
@@ -216,7 +217,7 @@ class FileTokenizer(Tokenizer):
             if not found:
                 raise DataError(f"tokenizer.path: the folder {path} holds neither tokenizer.json nor vocab.txt.")
             path = found[0]
-        with damage_is(DataError, f"the tokenizer {path}"):
+        with located(path), damage_is(DataError, "the tokenizer"):
             return cls._open_file(path, config)
 
     @classmethod
@@ -384,6 +385,8 @@ def _training_error(error: RuntimeError, config: schema.Tokenizer) -> DataError:
 
 def read_text(path: Path) -> str:
     """The content of a UTF-8 file; a DataError with the offset where it is not."""
+    if is_lfs_pointer(path):
+        raise DataError(f"{path} is a note of Git LFS and not the file itself; fetch it with `git lfs pull`.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -76,6 +76,11 @@ class Tokenizer(abc.ABC):
 
     _boundaries: tuple[np.ndarray, np.ndarray] | None = None
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a text as it is generated."""
+        return () if self.eos_id is None else (self.eos_id,)
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no special tokens are added."""
         return self.encode_batch([text])[0].tolist()
@@ -288,10 +293,10 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
             return ByteTokenizer(**description)
         if kind == CharacterTokenizer.kind:
             return CharacterTokenizer(**description)
-        from lmx.text.published import PublishedTokenizer
+        from lmx.text.published import MissingTokenizer, PublishedTokenizer
         from lmx.text.subwords import FileTokenizer, SentencePieceTokenizer
 
-        kinds = {cls.kind: cls for cls in (SentencePieceTokenizer, FileTokenizer, PublishedTokenizer)}
+        kinds = {cls.kind: cls for cls in (SentencePieceTokenizer, FileTokenizer, PublishedTokenizer, MissingTokenizer)}
         if kind in kinds:
             return kinds[kind].load(Path(folder), **description)
     except FileNotFoundError as error:

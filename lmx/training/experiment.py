@@ -19,6 +19,7 @@ from lmx.kernels import eight_bits
 from lmx.kernels.attention import Choice
 from lmx.models.attention import attention_form
 from lmx.models.flops import forward_flops
+from lmx.models.heads import num_params
 from lmx.models.transformer import Transformer, init_params
 from lmx.objectives import Objective, make_objective
 from lmx.parallel.compile import check_strategy
@@ -35,7 +36,7 @@ from lmx.text.prepared import prepared_tokenizer
 from lmx.text.published import PublishedTokenizer
 from lmx.text.tfds_fields import tfds_fields
 from lmx.text.tokenizers import load_tokenizer, make_tokenizer
-from lmx.training.optimizers import make_optimizer
+from lmx.training.optimizers import make_optimizer, trainable
 from lmx.training.workdir import read_config
 
 
@@ -76,7 +77,17 @@ class Experiment:
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer for this model's parameters."""
         shapes = nn.meta.unbox(self.abstract_params())
-        return make_optimizer(self.config.optimizer, self.config.train.steps, shapes)
+        return make_optimizer(self.config.optimizer, self.config.train.steps, shapes, self.config.model.lora)
+
+    def trainable(self) -> Any:
+        """For each parameter whether it is trained."""
+        return trainable(self.config.optimizer, nn.meta.unbox(self.abstract_params()), self.config.model.lora)
+
+    def num_params(self) -> tuple[int, int]:
+        """Parameters in all, and those that are trained."""
+        params = nn.meta.unbox(self.abstract_params())
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(self.trainable()), strict=True)
+        return num_params(params), num_params([leaf for leaf, on in pairs if on])
 
     def attention_forms(self) -> list[Choice]:
         """The forms of attention that rows are computed by, and why not by faster ones.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,9 +11,9 @@ import optax
 from rich.console import Console
 
 from lmx.config import Config
-from lmx.errors import CheckpointError
+from lmx.errors import CheckpointError, ConfigError
 from lmx.interop.opening import locate
-from lmx.interop.pretrained import is_pretrained, load_params, open_checkpoint
+from lmx.interop.pretrained import fresh_params, is_pretrained, load_params, open_checkpoint
 from lmx.models.lora import ADAPTERS
 from lmx.models.stack import to_layout
 from lmx.parallel.sharding import Layout, like_params, on_host, param_shardings, use_layout
@@ -80,13 +81,19 @@ def initial_state(
 
 
 def check_init_from(experiment: Experiment) -> None:
-    """Raises :class:`CheckpointError` where ``train.init_from`` does not fit the model; reads no array."""
-    source = experiment.config.train.init_from
-    if source and not is_pretrained(locate(source)):  # a published body always fits
+    """Raises where ``train.init_from`` does not fit the model, or lacks what would not be trained; reads no array."""
+    source, model = experiment.config.train.init_from, experiment.config.model
+    if not source:
+        return
+    folder = locate(source)
+    if is_pretrained(folder):
+        fresh = fresh_params(folder, *open_checkpoint(folder), model)
+    else:
         with Checkpoints(source, read_only=True) as checkpoints:
             saved = checkpoints.abstract_params()
-        found = jax.eval_shape(lambda params: to_layout(params, experiment.config.model), saved)
-        _take_over(source, nn.meta.unbox(experiment.abstract_params()), found)
+        found = jax.eval_shape(lambda params: to_layout(params, model), saved)
+        _, fresh = _take_over(source, nn.meta.unbox(experiment.abstract_params()), found)
+    _check_fresh(experiment, fresh)
 
 
 def _taken_over(config: Config, params: Any, layout: Layout) -> tuple[Any, list[str]]:
@@ -99,6 +106,17 @@ def _taken_over(config: Config, params: Any, layout: Layout) -> tuple[Any, list[
     with Checkpoints(config.train.init_from, read_only=True) as checkpoints:
         found = to_layout(checkpoints.restore_params(), config.model)
     return _take_over(config.train.init_from, params, found)
+
+
+def _check_fresh(experiment: Experiment, fresh: Sequence[str]) -> None:
+    """Raises :class:`ConfigError` where a fresh parameter would stay as it was drawn."""
+    trained = {_name(path): on for path, on in jax.tree_util.tree_leaves_with_path(experiment.trainable())}
+    idle = [name for name in fresh if not trained[name]]
+    if idle:
+        raise ConfigError(
+            f"{idle[0]} is not in train.init_from and would stay as it was drawn: beside adapters only the heads of "
+            f"model.lora.heads ({', '.join(experiment.config.model.lora.heads)}) are trained; name its head there too."
+        )
 
 
 def _take_over(source: str, params: Any, found: Any) -> tuple[Any, list[str]]:

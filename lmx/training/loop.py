@@ -13,7 +13,6 @@ from rich.console import Console
 
 from lmx.config import Config
 from lmx.errors import TrainingError
-from lmx.models.heads import num_params
 from lmx.parallel.compile import axis_name, compile_step
 from lmx.parallel.hardware import hardware_of
 from lmx.parallel.processes import barrier, first_alone, gather, host_share
@@ -25,7 +24,7 @@ from lmx.training.experiment import Experiment, build
 from lmx.training.initial import check_init_from, initial_state
 from lmx.training.lock import WorkdirLock
 from lmx.training.metrics import MetricsWriter, Throughput
-from lmx.training.optimizers import eval_params, make_schedule, trainable
+from lmx.training.optimizers import eval_params, make_schedule
 from lmx.training.pending import Pending, means
 from lmx.training.profiling import FOLDER, Profiler
 from lmx.training.progress import Progress, tell_reader
@@ -108,8 +107,7 @@ def _write_beginning(experiment: Experiment, workdir: Path, console: Console) ->
     tell = functools.partial(tell_reader, console)
     data_files = checked_data_files(workdir, files, experiment.config.data.on_change, tell)
     experiment.tokenizer.save(workdir / "tokenizer")
-    num_parameters = num_params(experiment.abstract_params())
-    write_config(workdir, experiment.config, experiment.asked, num_parameters, data_files)
+    write_config(workdir, experiment.config, experiment.asked, experiment.num_params()[0], data_files)
 
 
 class _Run:
@@ -305,7 +303,7 @@ def compiled_train_step(experiment: Experiment, optimizer: Any, state: TrainStat
         experiment.objective,
         optimizer,
         make_schedule(config.optimizer, config.train.steps),
-        trainable=trainable(config.optimizer, state.params),
+        trainable=experiment.trainable(),
         microbatches=experiment.split.microbatches,
         seed=config.seed,
         axis_name=axis_name(config.train.strategy),
@@ -333,12 +331,13 @@ def throughput(experiment: Experiment) -> Throughput:
 def _print_header(experiment: Experiment, workdir: Path, console: Console) -> None:
     """What is about to run, and how: nothing is chosen silently."""
     config, mesh = experiment.config, experiment.mesh
-    boxed = experiment.abstract_params()
+    total, trained = experiment.num_params()
+    number = f"{total:,} parameters" + (f" ({trained:,} of them trained)" if trained < total else "")
     device = mesh.devices.flat[0]
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     lines = {
         "workdir": str(workdir),
-        "model": f"{num_params(boxed):,} parameters, {config.model.architecture}, objective {config.objective.name}",
+        "model": f"{number}, {config.model.architecture}, objective {config.objective.name}",
         "vocabulary": f"{config.model.vocab_size:,} ({type(experiment.tokenizer).__name__})",
         "devices": f"{mesh.size} x {device.device_kind} ({axes}), strategy {config.train.strategy}",
         "batch": str(experiment.split),
@@ -348,5 +347,5 @@ def _print_header(experiment: Experiment, workdir: Path, console: Console) -> No
         console.print(f"[bold]{name:>11}[/]  {value}", highlight=False)
     for line in experiment.describe_data():
         console.print(f"[bold]{'data':>11}[/]  {line}", highlight=False)
-    for warning in moved_dimensions(boxed, experiment.layout):
+    for warning in moved_dimensions(experiment.abstract_params(), experiment.layout):
         console.print(f"[yellow]{'sharding':>11}[/]  {warning}", highlight=False)

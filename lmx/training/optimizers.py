@@ -18,6 +18,7 @@ from optax.contrib import MuonDimensionNumbers, ScheduleFreeState, scale_by_muon
 
 from lmx.config import Optimizer
 from lmx.errors import ConfigError
+from lmx.model_config import Lora
 from lmx.models.lora import ADAPTERS
 
 # Liu et al. 2025 (arXiv:2502.16982, section 2.2): an orthogonal update of this RMS is as large as AdamW's
@@ -66,7 +67,9 @@ def make_schedule(optimizer: Optimizer, steps: int) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(optimizer: Optimizer, steps: int, params: PyTree) -> optax.GradientTransformation:
+def make_optimizer(
+    optimizer: Optimizer, steps: int, params: PyTree, lora: Lora | None = None
+) -> optax.GradientTransformation:
     """The whole update: clipping, rule, weight decay, learning rate, and what is averaged or frozen.
 
     Rules, by ``optimizer.name``:
@@ -85,6 +88,7 @@ def make_optimizer(optimizer: Optimizer, steps: int, params: PyTree) -> optax.Gr
       optimizer: the config's section.
       steps: updates in all, for the schedule.
       params: the parameters, or their shapes; only paths and shapes are read.
+      lora: of the model, which says what is trained beside adapters.
 
     Raises:
       ConfigError: two ways of averaging at once, or nothing left to train.
@@ -111,19 +115,21 @@ def make_optimizer(optimizer: Optimizer, steps: int, params: PyTree) -> optax.Gr
         update = optax.chain(_clip_by_global_norm(optimizer.clip_norm), update)
     if optimizer.ema_decay:
         update = optax.chain(update, average_parameters(optimizer.ema_decay))
-    mask = trainable(optimizer, params)
+    mask = trainable(optimizer, params, lora)
     if not all(jax.tree.leaves(mask)):
         labels = jax.tree.map(lambda trained: "train" if trained else "freeze", mask)
         update = optax.partition({"train": update, "freeze": optax.set_to_zero()}, labels)
     return update
 
 
-def trainable(optimizer: Optimizer, params: PyTree) -> PyTree:
-    """For each parameter whether it is trained: all are, or, with adapters or a frozen body, the heads and adapters."""
-    adapters = _by_name(lambda names, _: names[-1] in ADAPTERS, params)
-    if not optimizer.freeze_body and not any(jax.tree.leaves(adapters)):
-        return _by_name(lambda *_: True, params)
-    return _by_name(lambda names, _: names[0] == "heads" or names[-1] in ADAPTERS, params)
+def trainable(optimizer: Optimizer, params: PyTree, lora: Lora | None = None) -> PyTree:
+    """For each parameter whether it is trained: all are; with a frozen body the heads; with adapters these and the
+    heads that ``lora.heads`` names."""
+    if lora is not None and lora.rank:
+        return _by_name(
+            lambda names, _: names[-1] in ADAPTERS or names[:1] == ("heads",) and names[1] in lora.heads, params
+        )
+    return _by_name(lambda names, _: not optimizer.freeze_body or names[0] == "heads", params)
 
 
 def eval_params(state: Any) -> PyTree:

@@ -26,7 +26,7 @@ def write_samples(workdir: Path, step: int, experiment: Experiment, state: Train
         max_new_tokens=max(1, min(NEW_TOKENS, model.max_length - len(prompt))),
         temperature=0.8,
         top_p=0.95,
-        stop_ids=[tokenizer.eos_id],
+        stop_ids=tokenizer.stop_ids,
         bidirectional_prompt=experiment.config.objective.name == "prefix_lm",
         seed=experiment.config.seed,
     )

@@ -3,18 +3,20 @@
 import dataclasses
 import json
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers as hf
 
 import lmx
 from lmx.cli import main
 from lmx.config import Config, Data, Mesh, Model, Objective, from_dict, to_dict
-from lmx.errors import CheckpointError, LmxError
+from lmx.errors import CheckpointError, DataError, LmxError
 from lmx.generation.generate import generate
 from lmx.interop.opening import body_of
 from lmx.interop.pretrained import is_pretrained
@@ -121,6 +123,106 @@ def test_saving_and_loading_again_gives_the_same(tmp_path):
     assert is_pretrained(tmp_path / "hf") and not is_pretrained(tmp_path / "lmx")
 
 
+def with_settings(folder, name, **values):
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_a_text_ends_with_any_token_that_the_checkpoint_names(name, tmp_path):
+    folder = published(tmp_path / "theirs", "gpt2")
+    (folder / "generation_config.json").unlink()
+    with_settings(folder, name, eos_token_id=[3])
+    lm = lmx.load(folder)
+    prompt = lm.encode("a film")
+    (written,) = generate(lm.model, lm.params, [prompt], max_new_tokens=12, vocab_size=lm.tokenizer.vocab_size)
+    last = written[4]
+    with_settings(folder, name, eos_token_id=[3, last], temperature=0.5)
+    lm = lmx.load(folder)
+    assert lm.tokenizer.stop_ids == (3, last) == lmx.load(folder).tokenizer.stop_ids
+    kept = written[: written.index(last)]
+    assert lm.generate("a film", max_new_tokens=12) == lm._continuation(prompt, kept)
+    for format in ("hf", "lmx"):
+        lm.save(tmp_path / format, format=format)
+        assert lmx.load(tmp_path / format).tokenizer.stop_ids == (3, last)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == [3, last]
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs.generation_config.eos_token_id == [3, last]
+    if name == "generation_config.json":
+        assert (tmp_path / "hf" / name).read_text() == (folder / name).read_text()
+    with_settings(folder, name, eos_token_id=["</s>"])
+    with pytest.raises(DataError, match=rf"theirs: eos_token_id=\['</s>'\] of {name} is no token id"):
+        lmx.load(folder)
+
+
+def test_a_folder_without_a_tokenizer_reads_ids(tmp_path):
+    zoo.make("gpt2").save_pretrained(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match="there is no tokenizer: .* was looked for. The model reads ids, and no texts"):
+        lm = lmx.load(tmp_path / "theirs")
+    ids = [[5, 6, 7]]
+    for format in ("lmx", "hf"):
+        lm.save(tmp_path / format, format=format)
+        with warnings.catch_warnings(action="ignore"):
+            again = lmx.load(tmp_path / format)
+        np.testing.assert_array_equal(again.logits(ids), lm.logits(ids))
+        assert again.tokenizer.pad_id == lm.tokenizer.pad_id == 0
+        for use in (again.encode, again.generate, again.hidden_states):
+            with pytest.raises(DataError, match="came without a tokenizer: it reads ids, and no texts"):
+                use("a film")
+
+
+def test_a_token_without_a_row_is_refused(tmp_path):
+    folder = published(tmp_path)
+    (folder / "vocab.txt").write_text("\n".join([*WORDS, *(f"word{i}" for i in range(100))]) + "\n")
+    with pytest.warns(UserWarning, match="has 113 ids, and the model's table 97 rows"):
+        lm = lmx.load(folder, num_classes=2)
+    assert lm.predict("a film")
+    for use in (lm.encode, lm.predict, lambda text: lm.batch([text])):
+        with pytest.raises(LmxError, match="has the token 112, and the model's table has the rows 0 to 96"):
+            use("a word99")
+
+
+def test_what_came_without_git_lfs_is_told(tmp_path):
+    folder, note = published(tmp_path), "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "tokenizer.json").write_text(note)
+    with pytest.raises(DataError, match="tokenizer.json is a note of Git LFS and not the file itself"):
+        lmx.load(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=f"{folder}: this is not a tokenizer.json"):
+        lmx.load(folder)
+    (folder / "model.safetensors").write_text(note)
+    with pytest.raises(CheckpointError, match="model.safetensors is a note of Git LFS .* `git lfs pull`"):
+        lmx.load(folder)
+
+
+def test_inputs_that_are_none_are_told(tmp_path):
+    folder = published(tmp_path, "gpt2")
+    with_settings(folder, "generation_config.json", eos_token_id=3)
+    lm = lmx.load(folder)
+    with pytest.raises(LmxError, match="the rows of input_ids differ in length; pad them"):
+        lm.logits([[5, 6], [5]])
+    assert lm.generate([]) == []
+
+
+def test_a_decoders_classifier_is_written_with_a_padding_token(tmp_path):
+    folder = published(tmp_path / "theirs", "gpt2")
+    (folder / "vocab.txt").unlink()
+    with_settings(folder, "config.json", pad_token_id=None)
+    words = {word: i for i, word in enumerate(["<|endoftext|>", "a", "film", "good"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with warnings.catch_warnings(action="ignore"):  # of the fresh layer
+        lm = lmx.load(folder, num_classes=3)
+    assert lm.labels == ("LABEL_0", "LABEL_1", "LABEL_2") and lm.tokenizer.pad_id is None
+    lm.save(tmp_path / "hf", format="hf")
+    theirs = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    batch = lm.batch(["a good film", "good"])
+    tokens = np.where(batch["segments"] > 0, batch["tokens"], theirs.config.pad_token_id)
+    found = theirs(torch.tensor(tokens), attention_mask=torch.tensor(batch["segments"])).logits.detach().numpy()
+    np.testing.assert_allclose(found, lm.logits(batch["tokens"], batch["segments"]), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
 def test_a_model_of_our_own_configs_is_opened_by_transformers(name, tmp_path):
     from tests.experiments.test_configs import get
@@ -196,6 +298,16 @@ def test_fine_tuning_from_a_published_checkpoint_and_going_on(tmp_path, capsys):
     scores = theirs(**tokenizer("a good film .", return_tensors="pt")).logits.softmax(-1)
     np.testing.assert_allclose(scores.max().item(), found[0]["probability"], rtol=1e-4)
     assert theirs.config.id2label == {0: "0", 1: "1"}
+
+
+def test_a_fresh_head_that_nothing_would_train_is_refused(tmp_path, capsys):
+    folder = published(tmp_path / "bert", "bert")  # without the head of a masked language model
+    command = ["train", "--config", "experiments/mlm.py:tiny", "--workdir", str(tmp_path / "run")]
+    command += [f"--config.train.init_from={folder}", "--config.model.lora.rank=2", "--config.data.length=16"]
+    assert main(command) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+    assert "heads/mlm/" in told and "would stay as it was drawn" in told and "model.lora.heads" in told
 
 
 def test_a_name_that_is_nowhere_says_where_was_looked(monkeypatch):

@@ -147,7 +147,9 @@ def test_chat_templates_are_rendered_as_transformers_does(tmp_path):
 
 
 def test_folders_without_a_tokenizer_say_what_was_looked_for(tmp_path):
-    with pytest.raises(DataError, match=r"has no tokenizer: tokenizer.json, vocab.txt, vocab.json with merges.txt"):
+    with pytest.raises(
+        DataError, match=r"there is no tokenizer: tokenizer.json, vocab.txt, vocab.json with merges.txt"
+    ):
         PublishedTokenizer.open(tmp_path)
 
 

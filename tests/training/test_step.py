@@ -11,7 +11,7 @@ from lmx.models.transformer import Transformer
 from lmx.parallel.sharding import Layout, put_batch, use_layout
 from lmx.training.initial import initial_state, state_layout
 from lmx.training.loop import compiled_train_step
-from lmx.training.optimizers import make_schedule, trainable
+from lmx.training.optimizers import make_schedule
 from lmx.training.step import loss_terms, make_train_step
 
 from .runs import ROWS, STEPS, make_batch, make_config, make_experiment, run
@@ -81,7 +81,7 @@ def test_what_is_frozen_costs_no_gradient_and_the_rest_moves_as_before():
     optimizer, schedule = experiment.optimizer(), make_schedule(config.optimizer, STEPS)
     state, _ = initial_state(experiment, optimizer, None, Console(quiet=True))
     batch = jax.tree.map(jnp.asarray, make_batch(config))
-    mask = trainable(config.optimizer, state.params)
+    mask = experiment.trainable()
     parts = (experiment.model, experiment.objective, optimizer, schedule)
     some, every = (
         jax.jit(make_train_step(*parts, trainable=kept)).lower(state, batch).compile() for kept in (mask, None)
