@@ -10,7 +10,8 @@ the body and the tokenizer are its own, and `config.model` says only what is fin
 classes, dropout before it, and how to compute.
 
 Variants:
-  base  AdamW at 1e-5 for three epochs of 32 rows: set `train.steps` to 3 * records / 32.
+  base  AdamW at 1e-5 for three epochs of 32 rows: set `train.steps` to 3 * records / 32 (a run begins by saying
+        how many epochs its steps are).
   tiny  the same at 5e-4 for 60 steps of 8 rows, for a small model and a laptop.
 
 As published, BERT-base has an accuracy of 93.5 on SST-2 (GLUE test, Table 1); nothing is claimed for other data.

@@ -4,12 +4,10 @@ import dataclasses
 import functools
 import os
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -17,18 +15,15 @@ from jaxtyping import Array, Float, PyTree
 from numpy.typing import ArrayLike
 
 from lmx.config import Config
-from lmx.errors import CheckpointError, LmxError
+from lmx.errors import LmxError
 from lmx.generation.generate import Draft, bucket, generate, pad_prompts
 from lmx.inputs import batch_of_ids, padded
-from lmx.interop.adapters import is_adapter
-from lmx.interop.opening import locate, open_published
-from lmx.interop.pretrained import is_pretrained
-from lmx.interop.pretrained import read_config as read_published_config
+from lmx.loading import load_model
 from lmx.models.heads import num_params
 from lmx.models.lora import merge_adapters
 from lmx.models.quantized import is_quantized, quantize_params
 from lmx.models.stack import unroll_params
-from lmx.models.transformer import Transformer, init_params
+from lmx.models.transformer import Transformer
 from lmx.objectives import Objective, make_objective
 from lmx.objectives.causal import Causal
 from lmx.objectives.classification import Classification
@@ -36,10 +31,7 @@ from lmx.objectives.mlm import MaskedLanguageModel
 from lmx.objectives.prefix_lm import PrefixLM
 from lmx.objectives.seq2seq import EncoderDecoderObjective
 from lmx.saving import save_model
-from lmx.text.tokenizers import Tokenizer, load_tokenizer
-from lmx.training.checkpoints import Checkpoints
-from lmx.training.exported import read_params
-from lmx.training.workdir import read_config
+from lmx.text.tokenizers import Tokenizer
 
 PREDICT_BATCH = 32  # rows that predict computes at once
 
@@ -370,36 +362,8 @@ def load(
       DataError: its tokenizer is damaged.
       LmxError: an option has a value that it cannot have, or is not for this kind of model.
     """
-    folder = locate(str(path))
-    if is_pretrained(folder) or is_adapter(folder):
-        if step is not None:
-            raise LmxError(f"{path} is a published checkpoint, which has no steps; leave step={step} out.")
-        opened = open_published(folder, num_classes=num_classes, mesh=mesh, dtype=dtype, progress=progress)
-        for warning in opened.warnings:
-            warnings.warn(warning, stacklevel=2)
-        return LanguageModel(opened.config, opened.params, opened.tokenizer)
-    if num_classes or mesh is not None or dtype:
-        raise LmxError(f"num_classes, mesh and dtype are for published checkpoints, and {path} is none.")
-    found = {name for name in ("config.json", "checkpoints", "params", "tokenizer") if (folder / name).exists()}
-    if found == {"config.json"}:
-        read_published_config(folder)  # which says why it is none
-    if not {"config.json", "tokenizer"} <= found or not {"checkpoints", "params"} & found:
-        state = f"has {', '.join(sorted(found)) or 'none of these'}" if folder.is_dir() else "is no folder"
-        raise CheckpointError(
-            f"{path} holds no model: it should be a workdir of `lmx train` (config.json, tokenizer/ and checkpoints/), "
-            "a folder that LanguageModel.save wrote (config.json, tokenizer/ and params/), a published checkpoint (a "
-            f"config.json with model_type) or adapters (adapter_config.json), but {folder} {state}."
-        )
-    config = read_config(folder)
-    layout = _layout(Transformer(config.model))
-    if "checkpoints" in found:
-        with Checkpoints(folder, read_only=True) as checkpoints:
-            params = checkpoints.restore_params(layout, step)
-    elif step is not None:
-        raise CheckpointError(f"{path} is an exported model without steps; leave step={step} out.")
-    else:
-        params = read_params(folder / "params", layout)
-    return LanguageModel(config, params, load_tokenizer(folder / "tokenizer"))
+    options = {"num_classes": num_classes, "mesh": mesh, "dtype": dtype}
+    return LanguageModel(*load_model(str(path), step, options, progress))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "name"))
@@ -412,13 +376,6 @@ def _hidden_states(model, params, batch):
     _, sown = model.apply({"params": params}, batch, method="hidden", mutable=["intermediates"])
     by_name = flatten_dict(unroll_params(sown["intermediates"]), sep="/")
     return {re.sub(r"/layers_(\d+)/", r"/layer_\1/", name): value for name, (value,) in by_name.items()}
-
-
-def _layout(model: Transformer) -> PyTree:
-    """Names, shapes and types of the parameters, on the first device; computes nothing."""
-    params = nn.meta.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params)
 
 
 def _as_list(texts: str | Sequence[Any]) -> list[Any]:

@@ -14,7 +14,8 @@ import lmx
 from lmx.config import Config, from_dict
 from lmx.errors import CheckpointError, LmxError
 from lmx.generation.generate import pad_prompts
-from lmx.language_model import LanguageModel, _layout
+from lmx.language_model import LanguageModel
+from lmx.loading import _layout
 from lmx.models.heads import num_params
 from lmx.models.stack import unroll_params
 from lmx.models.transformer import Transformer

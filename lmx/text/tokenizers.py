@@ -197,7 +197,7 @@ class ByteTokenizer(Tokenizer):
         return {}, {"num_sentinels": len(self.sentinel_ids)}
 
     def _published(self):
-        from lmx.text.subwords import byte_level_json
+        from lmx.text.plain_json import byte_level_json
 
         return {
             "tokenizer.json": byte_level_json(self._first, self.sentinel_ids, self.lowercase).encode(),
@@ -245,7 +245,7 @@ class CharacterTokenizer(Tokenizer):
         return {}, {"characters": self.characters, "num_sentinels": len(self.sentinel_ids)}
 
     def _published(self):
-        from lmx.text.subwords import characters_json
+        from lmx.text.plain_json import characters_json
 
         return {
             "tokenizer.json": characters_json(self.characters, self._first, self.sentinel_ids, self.lowercase).encode(),

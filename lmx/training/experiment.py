@@ -123,13 +123,17 @@ class Experiment:
         return dict(zip(source_names(spec), map(self._eval_batches, parts), strict=True))
 
     def describe_data(self) -> list[str]:
-        """What was done to the data that is open, a line each: the shares of a mixture, records that are too long."""
-        lines, data = [], self.config.data
-        if data.train in self.sources and self.objective.sources:
+        """What is known of the data that is open, a line each: shares or epochs, and records that are too long."""
+        lines, data, train = [], self.config.data, self.config.train
+        if data.train in self.sources:
             source = self.sources[data.train]
             counts = example_counts(source, self.tokenizer, self.objective, self.config)
-            shares = zip(self.objective.sources, mixing_shares(source, counts, data), counts, strict=True)
-            lines += [f"{name}: {float(share):.2%} of training, {count:,} examples" for name, share, count in shares]
+            if self.objective.sources:
+                shares = zip(self.objective.sources, mixing_shares(source, counts, data), counts, strict=True)
+                lines += [f"{name}: {float(part):.2%} of training, {count:,} examples" for name, part, count in shares]
+            elif not (self.objective.packable and data.packing):
+                epochs = train.steps * train.global_batch_size / sum(counts)
+                lines.append(f"{sum(counts):,} examples; {train.steps:,} steps are {epochs:.3g} epochs")
         if self.objective.cut is None and data.too_long != "error":
             parts = [part for source in self.sources.values() for part in source.sources]
             lines += filter(None, (fitted_records(part, self.objective, data.too_long).note for part in parts))

@@ -1,6 +1,7 @@
 """A classifier from a masked language model, by the commands of the README."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -56,6 +57,7 @@ def test_fine_tuning_takes_the_body_and_a_fresh_head_and_learns(body, reviews, t
     settings = ("train.steps=120", "optimizer.learning_rate=0.01", "model.dropout=0.0", "model.head_dropout=0.0")
     done = finetune(body, reviews, tmp_path / "run", *settings)
     told = " ".join(done.stdout.split())
+    assert re.search(r"([\d,]+) examples; 120 steps are [\d.]+ epochs", told)
     assert "fresh: heads/classification/output/bias" in told and "config.tokenizer is not used" in told
     predicted = lmx("predict", "--workdir", tmp_path / "run", "--text", "a great film", "--text", "a dull film")
     first, second = (json.loads(line) for line in predicted.stdout.splitlines())
