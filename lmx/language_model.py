@@ -31,6 +31,7 @@ from lmx.objectives.mlm import MaskedLanguageModel
 from lmx.objectives.prefix_lm import PrefixLM
 from lmx.objectives.seq2seq import EncoderDecoderObjective
 from lmx.saving import save_model
+from lmx.text.published import MissingTokenizer
 from lmx.text.tokenizers import Tokenizer
 
 PREDICT_BATCH = 32  # rows that predict computes at once
@@ -65,7 +66,13 @@ class LanguageModel:
 
     @functools.cached_property
     def objective(self) -> Objective | None:
-        """What the model was trained for, if anything; it knows how text is laid out."""
+        """What the model was trained for, if anything; it knows how text is laid out.
+
+        Raises:
+          DataError: the model came without a tokenizer.
+        """
+        if isinstance(self.tokenizer, MissingTokenizer):
+            raise self.tokenizer.refusal()
         return None if self.config.objective.name == "none" else make_objective(self.config, self.tokenizer)
 
     @property
@@ -181,6 +188,7 @@ class LanguageModel:
             )
         ids = [self.encode(text) for text in texts]
         pieces = [self.tokenizer.encode(text) for text in stop]
+        ends = {objective.eos, *self.tokenizer.stop_ids}
         if draft is not None and [draft.encode(text) for text in texts] != ids:
             raise LmxError(
                 "the draft reads the prompt as other tokens than the model; it must have the same tokenizer."
@@ -196,7 +204,7 @@ class LanguageModel:
             num_beams=num_beams,
             length_penalty=length_penalty,
             vocab_size=self.tokenizer.vocab_size if self.tokenizer.vocab_size < self.config.model.vocab_size else None,
-            stop_ids=[objective.eos, *self.tokenizer.stop_ids, *(piece[0] for piece in pieces if len(piece) == 1)],
+            stop_ids=[*ends, *(piece[0] for piece in pieces if len(piece) == 1)],
             pad_id=self._pad_id,
             decoder_start_id=objective.start if isinstance(objective, EncoderDecoderObjective) else self._pad_id,
             bidirectional_prompt=isinstance(objective, PrefixLM),
@@ -206,6 +214,7 @@ class LanguageModel:
         )
         if isinstance(objective, EncoderDecoderObjective):
             ids = [[] for _ in ids]
+        answers = [answer[:-1] if ends.intersection(answer[-1:]) else answer for answer in answers]
         written = [self._continuation(prompt, new) for prompt, new in zip(ids, answers, strict=True)]
         written = [_before(text, stop) for text in written]
         return written[0] if isinstance(prompts, str) else written
@@ -277,8 +286,8 @@ class LanguageModel:
         Args:
           path: a folder that does not exist yet, or is empty.
           format: "lmx": ``config.json``, ``params/`` (Orbax) and ``tokenizer/``; "hf": what ``transformers`` opens,
-            adapters merged; "peft": the low-rank adapters and the heads trained beside them alone, as ``peft`` has
-            them, for a model that was fine-tuned from a published checkpoint.
+            adapters merged; "peft": the low-rank adapters alone, with the heads that are no longer the checkpoint's,
+            as ``peft`` has them, for a model that was fine-tuned from a published checkpoint.
           progress: called with the name and the bytes of each tensor that is written; not for adapters alone.
 
         Raises:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from lmx.interop.opening import locate, open_published
 from lmx.interop.pretrained import is_pretrained
 from lmx.interop.pretrained import read_config as read_published_config
 from lmx.models.transformer import Transformer, init_params
+from lmx.text.published import MissingTokenizer
 from lmx.text.tokenizers import Tokenizer, load_tokenizer
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.exported import read_params
@@ -40,10 +42,9 @@ def load_model(
     if any(option is not None for option in options.values()):
         raise LmxError(f"{', '.join(options)} are for published checkpoints, and {path} is none.")
     found = {name for name in ("config.json", "checkpoints", "params", "tokenizer") if (folder / name).exists()}
-    if found == {"config.json"}:
-        read_published_config(folder)  # which says why it is none
     if not {"config.json", "tokenizer"} <= found or not {"checkpoints", "params"} & found:
         state = f"has {', '.join(sorted(found)) or 'none of these'}" if folder.is_dir() else "is no folder"
+        state += f" ({_why_unpublished(folder)})" if found == {"config.json"} else ""
         raise CheckpointError(
             f"{path} holds no model: it should be a workdir of `lmx train` (config.json, tokenizer/ and checkpoints/), "
             "a folder that LanguageModel.save wrote (config.json, tokenizer/ and params/), a published checkpoint (a "
@@ -58,7 +59,18 @@ def load_model(
         raise CheckpointError(f"{path} is an exported model without steps; leave step={step} out.")
     else:
         params = read_params(folder / "params", layout)
-    return config, params, load_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if isinstance(tokenizer, MissingTokenizer):
+        warnings.warn(str(tokenizer.refusal()), stacklevel=3)
+    return config, params, tokenizer
+
+
+def _why_unpublished(folder: Path) -> str:
+    try:
+        read_published_config(folder)
+    except CheckpointError as error:
+        return str(error).removesuffix(".")
+    return ""
 
 
 def _layout(model: Transformer) -> PyTree:

@@ -45,6 +45,7 @@ class Lora:
     heads: tuple[str, ...] = option(
         ("classification", "span"),
         "Heads that are trained whole beside the adapters; others, such as lm and mlm, stay as they are.",
+        choices=("lm", "mlm", "classification", "span", "pooler"),
     )
 
 

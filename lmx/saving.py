@@ -11,7 +11,7 @@ import jax
 from lmx.errors import LmxError, nearest
 from lmx.interop.adapters import save_adapters
 from lmx.interop.opening import config_extras, locate
-from lmx.interop.pretrained import is_pretrained
+from lmx.interop.pretrained import is_pretrained, open_checkpoint
 from lmx.interop.writing import save_pretrained
 from lmx.models.heads import num_params
 from lmx.paths import new_folder, user_path
@@ -63,4 +63,5 @@ def _save_adapters(model: "LanguageModel", folder: Path, progress: Callable[[str
         )
     local = user_path(base).exists()
     objective, base = model.config.objective, str(place) if local else base
-    save_adapters(folder, model.config.model, model.params, base, objective.name, objective.task, model.labels)
+    _, theirs = open_checkpoint(place)
+    save_adapters(folder, model.config.model, model.params, base, theirs, objective.name, objective.task, model.labels)

@@ -255,7 +255,10 @@ def test_what_is_no_model_is_an_error_that_says_what_was_looked_for(tmp_path):
     with pytest.raises(CheckpointError, match=r"there is no folder '.*nowhere'"):
         lmx.load(tmp_path / "nowhere")
     for content, message in (
-        ('{"sort": "gpt2"}', "config.json of a published checkpoint: it has no model_type"),
+        (
+            '{"sort": "gpt2"}',
+            "holds no model.* has config.json .*config.json of a published checkpoint: its model_type is no text",
+        ),
         ("[1]", "it is no JSON object"),
         ('{"model_type": "gpt2",}', "Expecting property name"),
     ):

@@ -50,13 +50,21 @@ def is_adapter(folder: Path) -> bool:
 
 
 def save_adapters(
-    folder: Path, model: Model, params: Any, base: str, objective: str, task: str, labels: Sequence[str] = ()
+    folder: Path,
+    model: Model,
+    params: Any,
+    base: str,
+    tensors_of_base: Tensors,
+    objective: str,
+    task: str,
+    labels: Sequence[str] = (),
 ) -> None:
-    """Writes the adapters and the heads trained beside them (``model.lora.heads``).
+    """Writes the adapters, and the heads that were trained or are not as the base has them.
 
     Args:
       folder: an existing folder.
       base: folder or hub name of the published checkpoint that the adapters belong to.
+      tensors_of_base: its tensors.
       objective, task: as :class:`lmx.config.Objective` names them.
       labels: names of the classes.
 
@@ -67,12 +75,15 @@ def save_adapters(
 
     if not model.lora.rank:
         raise CheckpointError("the model has no adapters (model.lora.rank is 0); save it whole, with format='hf'.")
-    if "mlm" in model.heads and "mlm" in model.lora.heads:
-        raise CheckpointError("the parts of an MLM head cannot be named for peft; save the model whole: format='hf'.")
     family, name, _ = written_as(dataclasses.replace(model, lora=Lora()))
     leaves = unrolled(params)
     weights = [weight for weight in family.weights(model) if weight.ours in leaves]
     modules, heads = _split(model, weights, leaves)
+    trained = model.lora.heads
+    heads = {head: own for head, own in heads.items() if head in trained or not _as_in(family, tensors_of_base, own)}
+    if "mlm" in heads:
+        raise CheckpointError("the parts of an MLM head cannot be named for peft; save the model whole: format='hf'.")
+    heads = {name: array for own in heads.values() for name, array in own.items()}
     tensors = {f"{PREFIX}{theirs}": array for theirs, array in heads.items()}
     for module, pairs in modules.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = np.concatenate([down for down, _ in pairs], axis=0)
@@ -104,13 +115,12 @@ def save_adapters(
 
 def _split(
     model: Model, weights: Sequence[Weight], leaves: Mapping[str, Any]
-) -> tuple[dict[str, list[list[np.ndarray]]], dict[str, np.ndarray]]:
-    """The adapters, pairs of ``A`` and ``B`` by module, and the heads, by tensor."""
+) -> tuple[dict[str, list[list[np.ndarray]]], dict[str, dict[str, np.ndarray]]]:
+    """The adapters, pairs of ``A`` and ``B`` by module, and the tensors of each head."""
     modules, heads, written = {}, {}, set()
     for weight in weights:
         if weight.ours.startswith("heads/"):
-            if weight.ours.split("/")[1] in model.lora.heads:
-                weight.write(np.asarray(leaves[weight.ours]), heads)
+            weight.write(np.asarray(leaves[weight.ours]), heads.setdefault(weight.ours.split("/")[1], {}))
             written.add(weight.ours)
         elif weight.ours.endswith("/kernel") and has_adapter(model, weight.ours.split("/")[:-1]):
             pair: dict[str, np.ndarray] = {}
@@ -122,6 +132,19 @@ def _split(
     if lost:
         raise CheckpointError(f"peft has no place for {', '.join(lost)}; save the model whole, with format='hf'.")
     return modules, heads
+
+
+def _as_in(family: Family, base: Tensors, head: Mapping[str, np.ndarray]) -> bool:
+    """Whether the base has these very tensors."""
+    named = canonical(family, base.shapes)
+
+    def same(name: str, array: np.ndarray) -> bool:
+        theirs = named.get(name)
+        if theirs is None or base.shapes[theirs] != array.shape:
+            return False
+        return np.array_equal(base.read(theirs, tuple(slice(0, size) for size in array.shape)), array)
+
+    return all(same(name, array) for name, array in head.items())
 
 
 @dataclasses.dataclass(frozen=True)

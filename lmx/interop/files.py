@@ -4,6 +4,7 @@ import abc
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lmx.paths import is_lfs_pointer
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TORCH_INDEX, TORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+SHARD = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
 SHARD_BYTES = 5 * 1000**3  # as the Hugging Face hub has it
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -61,7 +63,7 @@ def open_tensors(folder: Path) -> Tensors:
             return cls(_shards(folder / index))
         if (folder / single).is_file():
             return cls([folder / single])
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    others = sorted(path.name for path in folder.iterdir() if SHARD.fullmatch(path.name))
     hint = f" There are {', '.join(others[:3])}; shards need their index, fetch it too." if others else ""
     raise CheckpointError(
         f"{folder} has no weights: neither {SINGLE} nor {INDEX}, {TORCH_SINGLE} nor {TORCH_INDEX} is there.{hint}"

@@ -117,9 +117,8 @@ def _tokenizer(folder: Path, theirs: Mapping[str, Any], model: Model) -> tuple[A
     try:
         tokenizer = PublishedTokenizer.open(folder)
     except NoTokenizer as error:
-        ids = {f"{role}_id": theirs.get(f"{role}_token_id") for role in ("pad", "bos", "eos")}
-        ids = {name: found[0] if isinstance(found, list) and found else found for name, found in ids.items()}
-        return MissingTokenizer(model.vocab_size, **ids), [f"{error} The model reads ids, and no texts."]
+        found = MissingTokenizer.open(folder, {**theirs, "vocab_size": model.vocab_size})
+        return found, [f"{error} The model reads ids, and no texts."]
     if tokenizer.vocab_size > model.vocab_size:
         return tokenizer, [
             f"the tokenizer of {folder} has {tokenizer.vocab_size:,} ids, and the model's table {model.vocab_size:,} "

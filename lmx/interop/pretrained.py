@@ -76,7 +76,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        reason = "it is no JSON object" if type(config) is not dict else "it has no model_type"
+        reason = "it is no JSON object" if type(config) is not dict else "its model_type is no text"
         if type(config) is dict and type(config.get("model_type")) is str:
             return config
     except (OSError, ValueError, RecursionError) as error:

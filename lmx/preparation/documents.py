@@ -57,7 +57,7 @@ class Reading:
       field: of a record, that holds the text.
       documents: of a text file: ``file`` or ``line``.
       unreadable: lines that are not JSON or have no text, documents that are not UTF-8: ``stop`` at one, or ``skip``
-        it. Tables say beforehand what they lack, so they are always refused.
+        it. Of ``jsonl:`` and ``text:`` files: tables, and slices of files, are opened as training opens them.
     """
 
     field: str = "text"

@@ -47,11 +47,12 @@ class PublishedTokenizer(FileTokenizer):
         for role in ROLES.values():
             setattr(self, role, named.get(role) if named else _usual(role, names))
         self._honour(config)
-        self._end_with(ends)
         added = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         roles = {i for i in (getattr(self, role) for role in ROLES.values()) if i is not None}
-        self.special_ids = frozenset(added | roles | {*self._ends})
+        self.special_ids = frozenset(added | roles)
         self._config = config
+        self._ends = _ends(self._settings, ends, self.vocab_size)
+        self.eos_id = self._ends[0] if self.eos_id is None and self._ends else self.eos_id
 
     @classmethod
     def open(cls, folder: Path) -> "PublishedTokenizer":
@@ -64,21 +65,21 @@ class PublishedTokenizer(FileTokenizer):
             return cls._open(folder)
 
     @classmethod
-    def _open(cls, folder: Path) -> "PublishedTokenizer":
+    def _open(cls, folder: Path, ends: Any = None) -> "PublishedTokenizer":
         if folder.suffix == ".gguf":
             return cls(*_from_gguf(folder))
         settings = {name: read_text(folder / name) for name in SETTINGS if (folder / name).is_file()}
         model = folder / "config.json"
         described = _parsed(model.name, read_text(model)) if model.is_file() else {}
         config = _parsed("tokenizer_config.json", settings.get("tokenizer_config.json", "{}"))
-        return cls(
-            _serialized(folder, described.get("model_type", ""), config), settings, described.get("eos_token_id")
-        )
+        serialized = _serialized(folder, described.get("model_type", ""), config)
+        return cls(serialized, settings, described.get("eos_token_id", ends))
 
     @classmethod
-    def load(cls, folder: Path, lowercase: bool) -> "PublishedTokenizer":
+    def load(cls, folder: Path, lowercase: bool, ends: Sequence[int] = ()) -> "PublishedTokenizer":
         """Opens what ``save`` wrote."""
-        return cls.open(folder)
+        with located(folder), damage_is(DataError, "the tokenizer"):
+            return cls._open(folder, list(ends))
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a text with its special tokens, and the characters (from, to) that each stands for."""
@@ -124,16 +125,6 @@ class PublishedTokenizer(FileTokenizer):
         """The tokenizer's end of sequence, and what else ``generation_config.json`` names."""
         return tuple(dict.fromkeys([*super().stop_ids, *self._ends]))
 
-    def _end_with(self, asked: Any) -> None:
-        """Takes over what ends a text that is generated; what only ``config.json`` says is kept with the tokenizer."""
-        generation = self._json(GENERATION)
-        named = _ids(GENERATION, generation.get("eos_token_id"))
-        self._ends = [i for i in named or _ids("config.json", asked) if i < self.vocab_size]
-        if self.eos_id is None and self._ends:
-            self.eos_id = self._ends[0]
-        if not named and {*self._ends} - {self.eos_id}:
-            self._settings[GENERATION] = json.dumps(generation | {"eos_token_id": self._ends}, indent=2)
-
     def _honour(self, config: Mapping[str, Any]) -> None:
         """Special tokens that ``tokenizer_config.json`` asks for, whatever ``tokenizer.json`` has (Llama)."""
         if "Llama" not in config.get("tokenizer_class", "") or not {"add_bos_token", "add_eos_token"} & set(config):
@@ -151,7 +142,10 @@ class PublishedTokenizer(FileTokenizer):
         return _parsed(name, self._settings.get(name, "{}"))
 
     def _files(self):
-        return self._published(), {}
+        return self._published(), {"ends": self._ends}
+
+    def _identity(self):
+        return {name: content for name, content in self._published().items() if name != GENERATION}, {}
 
     def _published(self):
         files, _ = super()._files()
@@ -167,38 +161,58 @@ class MissingTokenizer(Tokenizer):
 
     kind = "missing"
 
-    def __init__(
-        self, vocab_size: int, pad_id: int | None = None, bos_id: int | None = None, eos_id: int | None = None
-    ):
-        self.vocab_size, self.pad_id, self.bos_id, self.eos_id = vocab_size, pad_id, bos_id, eos_id
+    def __init__(self, config: Mapping[str, Any], settings: Mapping[str, str]):
+        """Takes what ``config.json`` says of ids, and ``generation_config.json`` where it is there."""
+        names = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+        self._config, self._settings = {name: config.get(name) for name in names}, dict(settings)
+        self.vocab_size = config["vocab_size"]
+        self._ends = _ends(self._settings, config.get("eos_token_id"), self.vocab_size)
+        self.eos_id = next(iter(self._ends), None)
+        for role in ("pad", "bos"):
+            ids = _ids("config.json", config.get(f"{role}_token_id"), self.vocab_size)
+            setattr(self, f"{role}_id", next(iter(ids), None))
 
     @classmethod
-    def load(cls, folder: Path, lowercase: bool, **ids: int | None) -> "MissingTokenizer":
+    def open(cls, folder: Path, config: Mapping[str, Any]) -> "MissingTokenizer":
+        """Opens what a folder without a tokenizer has of its settings; ``config`` is its ``config.json``."""
+        path = folder / GENERATION
+        with located(folder), damage_is(DataError, "the tokenizer"):
+            return cls(config, {GENERATION: read_text(path)} if path.is_file() else {})
+
+    @classmethod
+    def load(cls, folder: Path, lowercase: bool, config: Mapping[str, Any]) -> "MissingTokenizer":
         """Opens what ``save`` wrote."""
-        return cls(**ids)
+        return cls.open(folder, config)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ``generation_config.json`` or ``config.json`` names."""
+        return tuple(self._ends)
 
     def frame(self, pair: bool = False) -> Frame:
-        raise self._refusal()
+        raise self.refusal()
 
-    def _refusal(self) -> NoTokenizer:
+    def refusal(self) -> NoTokenizer:
+        """The error for whoever asks about texts."""
         return NoTokenizer(
-            "this model came without a tokenizer: it reads ids, and no texts; put its tokenizer beside it."
+            "this model came without a tokenizer: it reads ids, and no texts. Put the tokenizer's files into the "
+            "folder that it came from, and open that."
         )
 
     def _encode_batch(self, texts):
-        raise self._refusal()
+        raise self.refusal()
 
     def _decode(self, ids):
-        raise self._refusal()
+        raise self.refusal()
 
     def _surfaces(self):
-        raise self._refusal()
+        raise self.refusal()
 
     def _files(self):
-        return {}, {name: getattr(self, name) for name in ("vocab_size", "pad_id", "bos_id", "eos_id")}
+        return self._published(), {"config": self._config}
 
     def _published(self):
-        return {}
+        return {name: text.encode() for name, text in self._settings.items()}
 
 
 def _serialized(folder: Path, model_type: str, config: Mapping[str, Any]) -> str:
@@ -218,12 +232,18 @@ def _serialized(folder: Path, model_type: str, config: Mapping[str, Any]) -> str
     )
 
 
-def _ids(name: str, found: Any) -> list[int]:
-    """One id or several; none is none."""
+def _ends(settings: Mapping[str, str], otherwise: Any, vocab_size: int) -> list[int]:
+    """The ids that ``generation_config.json`` ends a text with, or, where it names none, ``config.json``."""
+    named = _parsed(GENERATION, settings.get(GENERATION, "{}")).get("eos_token_id")
+    return _ids(GENERATION, named, vocab_size) or _ids("config.json", otherwise, vocab_size)
+
+
+def _ids(name: str, found: Any, vocab_size: int) -> list[int]:
+    """One id or several, without those that no token has (-1 stands for none)."""
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if any(type(i) is not int or i < 0 for i in ids):
-        raise DataError(f"eos_token_id={found!r} of {name} is no token id, and no list of them.")
-    return ids
+    if any(type(i) is not int for i in ids):
+        raise DataError(f"the token id {found!r} of {name} is no number, and no list of them.")
+    return [i for i in ids if 0 <= i < vocab_size]
 
 
 def _parsed(name: str, text: str) -> dict[str, Any]:

@@ -117,12 +117,12 @@ class Tokenizer(abc.ABC):
         """Writes a folder that :func:`load_tokenizer` opens; each file is written beside its place and renamed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(self._saved(), folder)
+        _write(self._saved(*self._files()), folder)
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that :meth:`save` writes: equal where tokenizers are."""
+        """SHA-256 over what :meth:`save` writes, as far as ids depend on it: equal where tokenizers are."""
         digest = hashlib.sha256()
-        for name, content in sorted(self._saved().items()):
+        for name, content in sorted(self._saved(*self._identity()).items()):
             digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
         return digest.hexdigest()
 
@@ -130,9 +130,12 @@ class Tokenizer(abc.ABC):
         """Writes the files that ``transformers`` opens; an LmxError where they cannot say what this tokenizer does."""
         _write(self._published(), folder)
 
-    def _saved(self) -> dict[str, bytes]:
+    def _identity(self) -> tuple[dict[str, bytes], dict]:
+        """What of :meth:`_files` decides which ids a text has."""
+        return self._files()
+
+    def _saved(self, files: dict[str, bytes], description: dict) -> dict[str, bytes]:
         """The files of :meth:`save`; the description last, which makes the folder valid."""
-        files, description = self._files()
         description = {"kind": self.kind, "lowercase": self.lowercase, **description}
         return {**files, DESCRIPTION: json.dumps(description, ensure_ascii=True, indent=1).encode()}
 

@@ -123,13 +123,14 @@ def make_optimizer(
 
 
 def trainable(optimizer: Optimizer, params: PyTree, lora: Lora | None = None) -> PyTree:
-    """For each parameter whether it is trained: all are; with a frozen body the heads; with adapters these and the
-    heads that ``lora.heads`` names."""
-    if lora is not None and lora.rank:
-        return _by_name(
-            lambda names, _: names[-1] in ADAPTERS or names[:1] == ("heads",) and names[1] in lora.heads, params
-        )
-    return _by_name(lambda names, _: not optimizer.freeze_body or names[0] == "heads", params)
+    """For each parameter whether it is trained.
+
+    With adapters these are, and the heads that ``lora.heads`` names; else the heads where the body is frozen; else all.
+    """
+    heads = (lora or Lora()).heads
+    if any(jax.tree.leaves(_by_name(lambda names, _: names[-1] in ADAPTERS, params))):
+        return _by_name(lambda names, _: names[-1] in ADAPTERS or (names[0] == "heads" and names[1] in heads), params)
+    return _by_name(lambda names, _: names[0] == "heads" or not optimizer.freeze_body, params)
 
 
 def eval_params(state: Any) -> PyTree:

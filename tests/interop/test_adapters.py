@@ -186,11 +186,15 @@ def test_a_fine_tuned_run_exported_as_adapters_predicts_alike(tmp_path, capsys):
 def test_an_output_layer_is_saved_only_where_it_is_trained(heads, tmp_path):
     base_of("pythia", tmp_path / "base")
     lm = with_adapters(tmp_path / "base", Lora(rank=2, targets=EVERYWHERE, heads=heads))
+    if heads:
+        output = jax.tree.map(lambda leaf: leaf + 0.5, lm.params["heads"])
+        lm = dataclasses.replace(lm, params=lm.params | {"heads": output})
     lm.save(tmp_path / "adapters", format="peft")
     written = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
     assert [name for name in written if ".lora_" not in name] == ["base_model.model.embed_out.weight" for _ in heads]
     again = lmx.load(tmp_path / "adapters")
     assert ("lm" in again.config.model.lora.heads) == bool(heads)
+    assert bool(heads) != np.allclose(again.logits([[5, 6]]), lmx.load(tmp_path / "base").logits([[5, 6]]), atol=1)
     np.testing.assert_allclose(again.logits([[5, 6]]), lm.logits([[5, 6]]), rtol=1e-5, atol=1e-5)
 
 

@@ -24,6 +24,7 @@ from lmx.interop.writing import save_pretrained
 from lmx.language_model import LanguageModel
 from lmx.models.transformer import Transformer
 from lmx.parallel.sharding import Layout, use_layout
+from lmx.text.published import PublishedTokenizer
 from lmx.text.tokenizers import ByteTokenizer
 from tests.interop import zoo
 from tests.interop.test_families import batch_of, opened
@@ -150,25 +151,54 @@ def test_a_text_ends_with_any_token_that_the_checkpoint_names(name, tmp_path):
     assert theirs.generation_config.eos_token_id == [3, last]
     if name == "generation_config.json":
         assert (tmp_path / "hf" / name).read_text() == (folder / name).read_text()
+    assert lm.tokenizer.decode(lm.tokenizer.encode("a film")) == "a film"  # whatever ends a text, it is no less a word
     with_settings(folder, name, eos_token_id=["</s>"])
-    with pytest.raises(DataError, match=rf"theirs: eos_token_id=\['</s>'\] of {name} is no token id"):
+    with pytest.raises(DataError, match=rf"theirs: the token id \['</s>'\] of {name} is no number"):
         lmx.load(folder)
+
+
+@pytest.mark.parametrize("end", [3, [3, 5]])
+def test_an_end_that_only_config_json_names_is_kept(end, tmp_path):
+    folder = published(tmp_path / "theirs", "gpt2")
+    (folder / "generation_config.json").unlink()
+    with_settings(folder, "config.json", eos_token_id=end)
+    lm, prepared = lmx.load(folder), PublishedTokenizer.open(folder).fingerprint()
+    for format in ("hf", "lmx"):
+        lm.save(tmp_path / format, format=format)
+        again = lmx.load(tmp_path / format).tokenizer
+        assert (again.eos_id, again.stop_ids) == (3, lm.tokenizer.stop_ids)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == end
+    assert not (tmp_path / "hf" / "generation_config.json").exists()
+    with_settings(folder, "generation_config.json", eos_token_id=6, temperature=0.7)
+    other = PublishedTokenizer.open(folder)
+    assert other.stop_ids == (6,) and other.fingerprint() == prepared  # texts have the same ids
 
 
 def test_a_folder_without_a_tokenizer_reads_ids(tmp_path):
     zoo.make("gpt2").save_pretrained(tmp_path / "theirs")
+    with_settings(tmp_path / "theirs", "generation_config.json", eos_token_id=[3, 5], temperature=0.5)
     with pytest.warns(UserWarning, match="there is no tokenizer: .* was looked for. The model reads ids, and no texts"):
         lm = lmx.load(tmp_path / "theirs")
     ids = [[5, 6, 7]]
     for format in ("lmx", "hf"):
         lm.save(tmp_path / format, format=format)
-        with warnings.catch_warnings(action="ignore"):
+        with pytest.warns(UserWarning, match="reads ids, and no texts"):
             again = lmx.load(tmp_path / format)
+        assert again.tokenizer.stop_ids == (3, 5)
         np.testing.assert_array_equal(again.logits(ids), lm.logits(ids))
         assert again.tokenizer.pad_id == lm.tokenizer.pad_id == 0
         for use in (again.encode, again.generate, again.hidden_states):
             with pytest.raises(DataError, match="came without a tokenizer: it reads ids, and no texts"):
                 use("a film")
+
+
+def test_an_encoder_without_a_tokenizer_says_so_too(tmp_path):
+    zoo.make("bert-mlm").save_pretrained(tmp_path)
+    with warnings.catch_warnings(action="ignore"):
+        lm = lmx.load(tmp_path)
+    assert lm.logits([[5, 6]]).shape == (1, 2, zoo.VOCAB)
+    with pytest.raises(DataError, match="came without a tokenizer"):
+        lm.encode("a film")
 
 
 def test_a_token_without_a_row_is_refused(tmp_path):
