@@ -223,7 +223,7 @@ def _sentencepiece_seed() -> bytes:
     section = schema.Tokenizer(kind="sentencepiece", vocab_size=286)
     return make_tokenizer(
         section, lambda: ["some text to be trained on, and the rest of all the words that make it long"] * 3
-    )._saved()["spiece.model"]
+    )._files()[0]["spiece.model"]
 
 
 def _tokenizer_seed() -> bytes:
