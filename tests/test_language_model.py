@@ -260,7 +260,7 @@ def test_what_is_no_model_is_an_error_that_says_what_was_looked_for(tmp_path):
             "holds no model.* has config.json .*config.json of a published checkpoint: its model_type is no text",
         ),
         ("[1]", "it is no JSON object"),
-        ('{"model_type": "gpt2",}', "Expecting property name"),
+        ('{"model_type": "gpt2",}', "line 1 column 2"),
     ):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(CheckpointError, match=message):
