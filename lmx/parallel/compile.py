@@ -2,15 +2,19 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from lmx.errors import ConfigError
 from lmx.parallel.sharding import Layout, batch_sharding, use_layout
 
 PMAP_AXIS = "devices"
+# Programs for several CPU devices that XLA reads back from a cache may begin with another collective on each device,
+# and then all wait for ever. Freshly compiled they keep the order; from this version of JAX on, read back too.
+READS_IN_ORDER = (0, 12)
 
 
 def axis_name(strategy: str) -> str | None:
@@ -36,22 +40,28 @@ class CompiledStep:
 
     Attributes:
       function: what ``jax.jit`` or ``jax.pmap`` made of it.
+      mesh: the devices.
       layout: that it is traced for; none under pmap, where each device sees its own rows alone.
       parts: of the batch that pmap wants one for each device; 0 otherwise.
     """
 
     function: Any
+    mesh: jax.sharding.Mesh
     layout: Layout | None
     parts: int = 0
 
     def __call__(self, state: Any, batch: Mapping[str, jax.Array]) -> Any:
-        with self._traced():
+        with self._traced(), self._cached():
             return self.function(state, self._split(batch))
 
     def lower(self, state: Any, batch: Mapping[str, Any]) -> Any:
         """The step lowered for arrays like these, or ``jax.ShapeDtypeStruct``."""
         with self._traced():
             return self.function.lower(state, self._split(batch))
+
+    def _cached(self) -> contextlib.AbstractContextManager:
+        on_cpus = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
+        return _uncached() if on_cpus and jax.__version_info__ < READS_IN_ORDER else contextlib.nullcontext()
 
     def _traced(self) -> contextlib.AbstractContextManager:
         return use_layout(self.layout) if self.layout else contextlib.nullcontext()
@@ -87,7 +97,7 @@ def compile_step(step: Callable, strategy: str, layout: Layout, shardings: Any, 
             out_axes=(None, None) if updates else None,
             devices=list(mesh.devices.flat),
         )
-        return CompiledStep(mapped, None, mesh.size)
+        return CompiledStep(mapped, mesh, None, mesh.size)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     compiled = jax.jit(
         step,
@@ -95,4 +105,17 @@ def compile_step(step: Callable, strategy: str, layout: Layout, shardings: Any, 
         out_shardings=(shardings, replicated) if updates else replicated,
         donate_argnums=(0,) if updates else (),
     )
-    return CompiledStep(compiled, layout)
+    return CompiledStep(compiled, mesh, layout)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without JAX's cache of compiled programs, which is asked for once in a process and then remembered."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
