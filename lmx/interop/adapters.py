@@ -79,11 +79,7 @@ def save_adapters(
     leaves = unrolled(params)
     weights = [weight for weight in family.weights(model) if weight.ours in leaves]
     modules, heads = _split(model, weights, leaves)
-    trained = model.lora.heads
-    heads = {head: own for head, own in heads.items() if head in trained or not _as_in(family, tensors_of_base, own)}
-    if "mlm" in heads:
-        raise CheckpointError("the parts of an MLM head cannot be named for peft; save the model whole: format='hf'.")
-    heads = {name: array for own in heads.values() for name, array in own.items()}
+    heads = _own_heads(family, model, heads, tensors_of_base)
     tensors = {f"{PREFIX}{theirs}": array for theirs, array in heads.items()}
     for module, pairs in modules.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = np.concatenate([down for down, _ in pairs], axis=0)
@@ -132,6 +128,16 @@ def _split(
     if lost:
         raise CheckpointError(f"peft has no place for {', '.join(lost)}; save the model whole, with format='hf'.")
     return modules, heads
+
+
+def _own_heads(
+    family: Family, model: Model, heads: Mapping[str, Mapping[str, np.ndarray]], base: Tensors
+) -> dict[str, np.ndarray]:
+    """The tensors of the heads that were trained, or are not as the base has them."""
+    own = {head: its for head, its in heads.items() if head in model.lora.heads or not _as_in(family, base, its)}
+    if "mlm" in own:
+        raise CheckpointError("the parts of an MLM head cannot be named for peft; save the model whole: format='hf'.")
+    return {name: array for its in own.values() for name, array in its.items()}
 
 
 def _as_in(family: Family, base: Tensors, head: Mapping[str, np.ndarray]) -> bool:

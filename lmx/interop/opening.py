@@ -102,14 +102,17 @@ def open_published(
     )
     layout = None if mesh is None else Layout(mesh)
     params, report = load_params(folder, theirs, tensors, model, layout, dtype, progress=progress)
-    body = [
-        leaf for name, leaf in unrolled(params).items() if not name.startswith("heads/") and not name.endswith(ADAPTERS)
-    ]
-    kinds = {str(leaf.dtype) for leaf in body}
-    config = config.replace(model={"dtype": "bfloat16" if kinds == {"bfloat16"} else "float32"})
+    config = config.replace(model={"dtype": _type_of_body(params)})
     if report.fresh:
         warnings.append(f"{', '.join(report.fresh)}: not in {folder}, so freshly initialized, and means nothing yet.")
     return Published(config, params, tokenizer, report, tuple(warnings))
+
+
+def _type_of_body(params: PyTree) -> str:
+    """What to compute in: bfloat16 if all of the body is, whatever fresh heads and adapters are."""
+    leaves = unrolled(params).items()
+    body = [leaf for name, leaf in leaves if not name.startswith("heads/") and not name.endswith(ADAPTERS)]
+    return "bfloat16" if {str(leaf.dtype) for leaf in body} == {"bfloat16"} else "float32"
 
 
 def _tokenizer(folder: Path, theirs: Mapping[str, Any], model: Model) -> tuple[AnyTokenizer, list[str]]:
