@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 
 ACCELERATORS = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin")
 OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1)}  # of glibc's mallopt (malloc.h)
@@ -23,14 +24,25 @@ def keep_freed_memory() -> None:
     allocator for the same reason. Here no block is taken from outside of the heap, and nothing of the heap is given
     back. It does nothing where the C library is not glibc.
     """
-    if "jax" in sys.modules or not computes_on_cpu():
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    mallopt = _of_glibc("mallopt")
+    if "jax" in sys.modules or not computes_on_cpu() or mallopt is None:
         return
     for option, value in OPTIONS.values():
         mallopt(option, value)
+
+
+def give_freed_memory_back() -> None:
+    """Returns to the system what is free now, :func:`keep_freed_memory` or not; nothing where the C library cannot."""
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Callable | None:
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 def compute_on_main_thread() -> None:

@@ -40,6 +40,32 @@ def test_pages_are_not_cleared_again():
     assert faults("keep") < 1000 < faults("leave")  # a hundred MB are 24,000 pages
 
 
+GIVEN_BACK = """
+import numpy as np
+from pathlib import Path
+from lmx.allocator import give_freed_memory_back, keep_freed_memory
+
+def resident():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmRSS")) // 1024
+
+keep_freed_memory()
+before = resident()
+block = np.ones(25_000_000)
+del block
+kept = resident()
+give_freed_memory_back()
+print(kept - before, resident() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="the C library is not glibc")
+def test_what_is_kept_can_be_given_back():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], env=environment, capture_output=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 150 and left < 50  # MiB, of two hundred
+
+
 @pytest.mark.parametrize(
     ("platforms", "package", "expected"),
     [("cpu", "libtpu", True), ("", "libtpu", False), ("", None, True), ("cuda", None, False)],

@@ -31,7 +31,8 @@ class Timing:
       first_token: of some turns, for generation.
       result: what the work gave the first time: a loss, or how many tokens.
       ready: seconds from the model's making to the end of its first turn.
-      peak: most bytes of memory; of the process on a CPU, of the device elsewhere.
+      peak: most bytes of memory from the first turn on, of the process on a CPU, of the device elsewhere; none where an
+        earlier case has hidden it.
       compile: seconds of it that compiling took, where that is done apart.
       flops: of a turn, where a formula tells.
     """
@@ -40,7 +41,7 @@ class Timing:
     first_token: list[float]
     result: float
     ready: float
-    peak: float
+    peak: float | None
     compile: float | None = None
     flops: float | None = None
 

@@ -77,6 +77,10 @@ def _published(config: Config) -> Model:
     return dataclasses.replace(model, experts=dataclasses.replace(experts, capacity=capacity))
 
 
+def reset_peak() -> None:
+    """JAX has no way to."""
+
+
 def peak_memory() -> float | None:
     """Most bytes that the device has held, in the cases before too; none where it does not tell (a CPU)."""
     stats = jax.devices()[0].memory_stats()

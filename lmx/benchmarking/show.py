@@ -116,7 +116,7 @@ def print_table(results: Results, console: Console) -> None:
                 f"{timing.spread:.0%}",
                 _ratio(found) if system == "lmx" else "",
                 "" if part is None else f"{part:.0%}",
-                f"{timing.peak / MIB:,.0f} MiB",
+                "" if timing.peak is None else f"{timing.peak / MIB:,.0f} MiB",
                 seconds(timing.ready),
                 rate,
             )

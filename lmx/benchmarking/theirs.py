@@ -24,8 +24,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def open_work(case: Case, folder: Path, system: str) -> Work:
     """Gets ready for the work of a case, whose model and batch lmx has left in ``folder``."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     if case.kind == "loading":  # all of it, and not only what a file that is mapped into memory shows so far
         return Work(lambda: sum(float(parameter.sum()) for parameter in _open(folder).to(DEVICE).parameters()))
     if case.kind == "input":
@@ -37,8 +35,14 @@ def open_work(case: Case, folder: Path, system: str) -> Work:
     return _training(case, model, system, batch)
 
 
+def reset_peak() -> None:
+    """Lets the peak of the device's memory start from now."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory() -> float | None:
-    """Most bytes that the device has held; none on a CPU."""
+    """Most bytes that the device has held since :func:`reset_peak`; none on a CPU."""
     return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lmx.allocator import keep_freed_memory
+from lmx.allocator import give_freed_memory_back, keep_freed_memory
 from lmx.benchmarking.cases import Case, cases
 from lmx.benchmarking.work import Work
 
@@ -28,6 +28,7 @@ class Worker:
 
     Attributes:
       finish: gets ready for the work that has been begun, and ``seconds`` how long that took.
+      peak_before: the peak of the device's memory when the work began.
     """
 
     system: str
@@ -35,10 +36,10 @@ class Worker:
     work: Work | None = None
     finish: Callable[[], Work] | None = None
     seconds: float = 0.0
+    peak_before: float | None = None
 
     def prepare(self, suite: str, platform: str, name: str, folder: str) -> dict[str, Any]:
         """Begins a case by writing what all systems read."""
-        reset_peak()
         start = time.perf_counter()
         self.finish = self.side.prepare(_case(suite, platform, name), Path(folder))
         self.seconds = time.perf_counter() - start
@@ -48,11 +49,11 @@ class Worker:
         """Gets a case ready and does it once."""
         start = time.perf_counter() - self.seconds
         if self.finish is None:
-            reset_peak()
             self.work = self.side.open_work(_case(suite, platform, name), Path(folder), self.system)
         else:
             self.work = self.finish()
         self.finish, self.seconds = None, 0.0
+        self._reset_peak()
         result = self.work.run()
         return {"result": result, "ready": time.perf_counter() - start, **self.work.facts}
 
@@ -68,12 +69,23 @@ class Worker:
         return {"operations": self.side.profile(self.work, Path(folder))}
 
     def close(self) -> dict[str, Any]:
-        """The most memory that the case took."""
-        peak = self.side.peak_memory() or resident_peak()
+        """The most memory that was in use since the work began; none where an earlier case had as much in use."""
+        peak = self.side.peak_memory()
+        if peak is None:
+            peak = resident_peak()
+        elif peak == self.peak_before:
+            peak = None
         self.work = None
         gc.collect()
         self.side.free_memory()
         return {"peak": peak}
+
+    def _reset_peak(self) -> None:
+        gc.collect()
+        give_freed_memory_back()
+        reset_peak()
+        self.side.reset_peak()
+        self.peak_before = self.side.peak_memory()
 
     def about(self) -> dict[str, Any]:
         """Versions, and what the system computes on."""

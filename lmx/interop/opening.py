@@ -154,8 +154,11 @@ def config_extras(config: Config, tokenizer: Any) -> dict[str, Any]:
     return extras
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, cached: bool = False) -> Path:
     """The folder of a hub name: from the cache, or fetched where there is a network.
+
+    Args:
+      cached: from the cache alone.
 
     Raises:
       CheckpointError: there is no such name, or no network and it is not in the cache.
@@ -168,26 +171,27 @@ def fetch(name: str) -> Path:
             f"there is no folder {name!r} here; to fetch a model of that name from the hub, install 'lmx[hf]'."
         ) from None
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        folder = Path(snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=cached))
         if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"], local_files_only=cached))
     except LocalEntryNotFoundError:
+        hub = "" if cached else ", and no hub to be reached"
         raise CheckpointError(
-            f"there is no folder {name!r} here, no model of that name in the hub's cache, and no hub to be reached."
+            f"there is no folder {name!r} here, no model of that name in the hub's cache{hub}."
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
         raise CheckpointError(f"{name!r} cannot be fetched from the hub: {str(error).splitlines()[0]}") from None
     return folder
 
 
-def locate(path: str) -> Path:
-    """The folder that is meant: the path itself, or, where there is none, the hub's of that name."""
+def locate(path: str, cached: bool = False) -> Path:
+    """The folder that is meant: the path itself, or where there is none, the hub's of that name, by :func:`fetch`."""
     folder = user_path(path)
     if folder.exists():
         return folder.resolve()
     if not HUB_NAME.fullmatch(path):
         raise CheckpointError(f"there is no folder {str(folder)!r}, seen from {Path.cwd()}.")
-    return fetch(path)
+    return fetch(path, cached)
 
 
 def body_of(config: Config, folder: Path) -> Config:

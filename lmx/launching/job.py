@@ -124,7 +124,8 @@ def check_fits(config: Config, devices: Devices) -> None:
     layout = Layout.abstract(config.mesh, devices.hardware, devices.count)
     check_strategy(config.train.strategy, layout.mesh)
     split = split_batch(config.train, layout.mesh)
-    check_pipeline(config.model, split.rows_per_device, layout)
+    if not config.train.init_from:  # whose body may be another, and is known where it lies
+        check_pipeline(config.model, split.rows_per_device, layout)
     shards = batch_shards(layout.mesh)
     if shards % devices.hosts and devices.hosts % shards:
         raise ConfigError(

@@ -15,17 +15,19 @@ from typing import Any
 from lmx.errors import ConfigError, LmxError, missing_extra, nearest
 from lmx.launching.job import ASKED_TO_STOP, GRACE_SECONDS, Job, Prepared
 from lmx.parallel.processes import PEER_LOST
+from lmx.paths import user_path
 
 LOGS = "slurm"  # in the workdir
 TIME = r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
 # JAX's runtime aborts a process whose process 0 has gone; lmx itself sees other losses.
 FAILED = (PEER_LOST, 128 + signal.SIGABRT, 128 + signal.SIGKILL)
+# Failures are counted in a file: SLURM's own count has the starts after a stop in it, too.
 # Only while the job runs: scancel sends SIGTERM too, and what is cancelled must not come back.
 AGAIN = """status=$?
 again=no
 case $status in
   {stop}) again=yes ;;
-  {failed}) [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ] && again=yes ;;
+  {failed}) echo "status $status" >>{failures}; [ "$(wc -l <{failures})" -le {restarts} ] && again=yes ;;
 esac
 if [ $again = yes ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
   echo "lmx train ended with status $status; the job is queued again, to go on from the last checkpoint"
@@ -104,7 +106,8 @@ def parameters(job: Job, options: Options) -> dict[str, Any]:
     if options.time is not None and not re.fullmatch(TIME, options.time):
         raise ConfigError(f"--time {options.time!r} is neither minutes nor [DAYS-]HOURS:MINUTES:SECONDS.")
     failed = " | ".join(map(str, FAILED))
-    again = AGAIN.format(stop=ASKED_TO_STOP, failed=failed, restarts=job.max_restarts)
+    failures = shlex.quote(str(_folder(job))) + '/"$SLURM_JOB_ID"_failures.txt'
+    again = AGAIN.format(stop=ASKED_TO_STOP, failed=failed, failures=failures, restarts=job.max_restarts)
     fixed: dict[str, Any] = {
         "job_name": job.name,
         "nodes": devices.hosts,
@@ -144,7 +147,7 @@ def _more(settings: tuple[str, ...], fixed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _folder(job: Job) -> Path:
-    return Path(job.workdir) / LOGS
+    return user_path(job.workdir) / LOGS
 
 
 def _submitit() -> Any:

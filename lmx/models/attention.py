@@ -33,8 +33,11 @@ class Cache:
     int8: bool = struct.field(pytree_node=False, default=False)
 
 
-def attention_form(config: Model, rows: int, length: int) -> kernels.Choice:
+def attention_form(config: Model, rows: int, length: int, has_prefix: bool = False) -> kernels.Choice:
     """The form that self-attention has in training, on the current layout's devices, for so many rows of a length.
+
+    Args:
+      has_prefix: rows begin with tokens that all see each other.
 
     Raises:
       ConfigError: ``config.attention`` asks for one that cannot be had.
@@ -48,6 +51,7 @@ def attention_form(config: Model, rows: int, length: int) -> kernels.Choice:
         config.dtype,
         has_bias=config.position == "relative",
         has_dropout=config.attention_dropout > 0,
+        has_prefix=has_prefix,
     )
     return kernels.choose(config.attention, case)
 

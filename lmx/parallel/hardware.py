@@ -1,7 +1,7 @@
 """What devices can do, by their makers' data sheets: the one table that speed, plans and jobs are made from.
 
 Sources: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)"; NVIDIA's data sheets of
-A100 80GB SXM, H100 SXM, H200 SXM and HGX B200, without sparsity. A TPU's memory is what XLA leaves to programs, as its
+A100 SXM, H100 SXM, H200 SXM and HGX B200, without sparsity. A TPU's memory is what XLA leaves to programs, as its
 out-of-memory errors state it; a GPU's is the data sheet's. What GKE and SkyPilot call them: Google's page "Plan TPUs in
 GKE", the tables of `xpk` and SkyPilot's catalog.
 """
@@ -25,7 +25,8 @@ class Hardware:
 
     Attributes:
       name: as in ``lmx plan --devices NAME:…``.
-      kinds: parts of JAX's ``device_kind`` that tell it.
+      kinds: JAX's ``device_kind`` of it: all of it for a GPU, whose other cards of nearly that name differ in memory or
+        speed; its beginning for a TPU. The first is what stands in for one that is not there.
       peak_flops: dense bfloat16 FLOP/s.
       memory: bytes of device memory.
       memory_bandwidth: bytes a second to and from it.
@@ -56,10 +57,11 @@ HARDWARE = (
     Hardware("v5p", ("TPU v5",), 459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9),  # the one that is not "lite"
     Hardware("v6e", ("TPU v6",), 918e12, 31.25 * GIB, 1638e9, 100e9, 12.5e9),
     Hardware("tpu7x", ("TPU7x", "TPU v7"), 1153.5e12, 94.75 * GIB, 3690e9, 100e9, 12.5e9),  # half a chip
-    Hardware("a100", ("A100",), 312e12, 80e9, 2039e9, 300e9, 25e9, node=8),
-    Hardware("h100", ("H100",), 989.4e12, 80e9, 3352e9, 450e9, 50e9, node=8),
-    Hardware("h200", ("H200",), 989.4e12, 141e9, 4800e9, 450e9, 50e9, node=8),
-    Hardware("b200", ("B200",), 2250e12, 180e9, 7700e9, 900e9, 50e9, node=8),
+    Hardware("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 80e9, 2039e9, 300e9, 25e9, node=8),
+    Hardware("a100-40gb", ("NVIDIA A100-SXM4-40GB",), 312e12, 40e9, 1555e9, 300e9, 25e9, node=8),
+    Hardware("h100", ("NVIDIA H100 80GB HBM3",), 989.4e12, 80e9, 3352e9, 450e9, 50e9, node=8),
+    Hardware("h200", ("NVIDIA H200",), 989.4e12, 141e9, 4800e9, 450e9, 50e9, node=8),
+    Hardware("b200", ("NVIDIA B200",), 2250e12, 180e9, 7700e9, 900e9, 50e9, node=8),
 )
 
 
@@ -87,6 +89,7 @@ RENTED = {
     "v6e": Rented("tpu-v6e-slice", "tpu-v6e-{chips}", torus=2),
     "tpu7x": Rented("tpu7x", "", torus=3, devices_per_chip=2),
     "a100": Rented("nvidia-a100-80gb", "A100-80GB"),
+    "a100-40gb": Rented("nvidia-tesla-a100", "A100"),
     "h100": Rented("nvidia-h100-80gb", "H100"),
     "h200": Rented("nvidia-h200-141gb", "H200"),
     "b200": Rented("nvidia-b200", "B200"),
@@ -160,4 +163,5 @@ def read_devices(name: str, others: Sequence[str] = ()) -> Devices:
 
 def hardware_of(device: jax.Device) -> Hardware | None:
     """The entry for a device; None for a kind that is not known, and any CPU."""
-    return next((one for one in HARDWARE if any(kind in device.device_kind for kind in one.kinds)), None)
+    kind = device.device_kind
+    return next((one for one in HARDWARE if kind in one.kinds or (one.is_tpu and kind.startswith(one.kinds))), None)

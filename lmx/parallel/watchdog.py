@@ -30,7 +30,7 @@ class Watchdog:
     earlier step than the others, or says nothing, is who they wait for.
 
     Args:
-      seconds: without a step after which a run counts as stuck; 0: never. Compiling the first step is not counted.
+      seconds: without a step after which a run counts as stuck; 0: never. What rests is not counted (:meth:`rest`).
       workdir: for the message.
       client: the coordination service; for tests.
       end: what ends the process; for tests.
@@ -54,19 +54,22 @@ class Watchdog:
         """Says that the run is alive, and at which step."""
         self._step, self._since = step, time.monotonic()
 
+    def rest(self) -> None:
+        """Stops the clock until the next beat: what comes now may take its time, as compiling does."""
+        self._since = None
+
     def _watch(self) -> None:
         tick = min(1.0, self._seconds / 10)
         last = time.monotonic()
         while not self._done.wait(tick):
-            now = time.monotonic()
+            now, since = time.monotonic(), self._since  # read once: the other thread may rest or beat meanwhile
             if now - last > 10 * tick + 1:  # this process itself was stopped: what it missed says nothing
-                self._since = None if self._since is None else now
+                self._since = since = None if since is None else now
             last = now
-            if self._since is not None and now - self._since > self._seconds:
-                return self._give_up()
+            if since is not None and now - since > self._seconds:
+                return self._give_up(now - since)
 
-    def _give_up(self) -> None:
-        stalled = time.monotonic() - self._since
+    def _give_up(self, stalled: float) -> None:
         others = _answered(self._ask, min(ANSWER_SECONDS, self._seconds)) or {0: SILENT}
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} did nothing for {stalled:.0f} seconds, "

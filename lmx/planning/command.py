@@ -10,7 +10,7 @@ from rich.console import Console
 from lmx.config import Config
 from lmx.errors import ConfigError, TrainingError
 from lmx.planning.plan import make_plan
-from lmx.planning.program import OUT_OF_MEMORY
+from lmx.planning.program import OUT_OF_MEMORY, as_it_runs
 from lmx.planning.search import describe, first_that_fits, remedies, search
 from lmx.planning.show import print_plan, print_shardings, verdict, write_html, write_json
 from lmx.planning.targets import HERE, open_target
@@ -40,6 +40,7 @@ def plan(
         if not Path(path).resolve().parent.is_dir():
             raise ConfigError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it first.")
     target = open_target(devices)
+    config, notes = as_it_runs(config)
     if ranked:
         with console.status("compiling mesh shapes …") as status:
             found = search(config, target, told=status.update)
@@ -48,8 +49,8 @@ def plan(
             console.print(f"{number:>3}. {seconds}  {verdict(one)}  {describe(one)}", highlight=False, soft_wrap=True)
     with console.status(f"{'estimating' if target.lacks else 'compiling'} for {devices} …"):
         chosen = found[0] if ranked and found else make_plan(config, target)
-    print_plan(chosen, console)
-    extra = []
+    print_plan(chosen, console, notes)
+    extra = [{"name": "note", "value": note, "unit": ""} for note in notes]
     if chosen.memory.fits is False:
         with console.status("looking for a change that fits …"):
             remedy = first_that_fits(config, target)
@@ -85,7 +86,8 @@ def explains_out_of_memory(config: Config, console: Console) -> Iterator[None]:
             raise
         target = open_target(HERE)
         console.print("[bold red]out of memory[/]; what the run takes on these devices:")
-        print_plan(make_plan(config, target), console)
+        config, notes = as_it_runs(config)
+        print_plan(make_plan(config, target), console, notes)
         change = next(remedies(config, target), None)
         advice = f"try {change}" if change else "use more devices, or a mesh that splits more of the model"
         raise TrainingError(

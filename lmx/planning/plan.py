@@ -15,6 +15,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from lmx.config import Config
 from lmx.kernels.attention import FUSED
@@ -262,8 +263,10 @@ def bandwidth(collective: Collective, mesh: jax.sharding.Mesh, hardware: Hardwar
     """
     if hardware.is_tpu:
         return 2 * hardware.link_bandwidth
-    inner = math.prod(mesh.shape[axis] for axis in mesh.axis_names[mesh.axis_names.index(collective.axes[-1]) + 1 :])
-    local = max(1, min(collective.size, hardware.node // inner))
+    along = tuple(slice(None) if axis in collective.axes else 0 for axis in mesh.axis_names)
+    sizes = tuple(mesh.shape[axis] for axis in mesh.axis_names)
+    group = np.arange(math.prod(sizes)).reshape(sizes)[along]  # the devices of a node are neighbours in the mesh
+    local = int((group < hardware.node).sum())
     if local >= collective.size:
         return hardware.link_bandwidth
     return min(hardware.link_bandwidth, hardware.network_bandwidth * local)

@@ -12,7 +12,9 @@ import jax
 from jaxtyping import PyTree
 
 from lmx.config import Config
-from lmx.errors import LmxError
+from lmx.errors import CheckpointError, LmxError
+from lmx.interop.opening import body_of, locate
+from lmx.interop.pretrained import is_pretrained
 from lmx.models.transformer import Transformer
 from lmx.objectives import make_objective
 from lmx.parallel.compile import check_strategy
@@ -22,7 +24,7 @@ from lmx.parallel.sharding import Layout, batch_sharding
 from lmx.planning.targets import Target, quiet
 from lmx.text.corpora import open_source
 from lmx.text.pipeline import make_batches
-from lmx.text.tokenizers import ByteTokenizer
+from lmx.text.tokenizers import ByteTokenizer, load_tokenizer, make_tokenizer
 from lmx.training.experiment import Experiment, record_fields
 from lmx.training.initial import state_layout
 from lmx.training.loop import compiled_train_step
@@ -52,6 +54,40 @@ class Program:
     error: str = ""
 
 
+def as_it_runs(config: Config) -> tuple[Config, list[str]]:
+    """The config with what a run takes from elsewhere, as far as that is here: the body and the vocabulary's size.
+
+    Returns:
+      The config, which names nothing that is elsewhere any more, and sentences on what was taken and what is not known.
+    """
+    source, said, folder = config.train.init_from, [], None
+    if source:
+        config = config.replace(train={"init_from": ""})
+        try:
+            folder = locate(source, cached=True)
+        except CheckpointError as error:
+            said.append(
+                f"train.init_from is not here; what is planned is the body that config.model describes: {error}"
+            )
+    if folder is not None and is_pretrained(folder):
+        config = body_of(config, folder)
+        said.append(f"the body is that of {source}, not the one that config.model describes")
+    if config.model.vocab_size is None:
+        asked, known = config.tokenizer, True
+        if folder is not None:
+            size = load_tokenizer(folder / "tokenizer").vocab_size
+        elif asked.path:
+            size = make_tokenizer(asked, lambda: ()).vocab_size
+        else:
+            known = asked.kind in ("bytes", "sentencepiece") and not source and "prepared:" not in config.data.train
+            trained = asked.kind == "sentencepiece"
+            size = asked.vocab_size if trained else ByteTokenizer(asked.num_sentinels).vocab_size
+        if not known:
+            said.append(f"the vocabulary is known once a run begins; here it counts {size:,} (set model.vocab_size)")
+        config = config.replace(model={"vocab_size": size})
+    return config, said
+
+
 def abstract_experiment(config: Config, target: Target) -> Experiment:
     """The experiment on the target's devices, without its data.
 
@@ -63,11 +99,9 @@ def abstract_experiment(config: Config, target: Target) -> Experiment:
     split = split_batch(config.train, layout.mesh)
     check_pipeline(config.model, split.rows_per_device, layout)
     tokenizer = ByteTokenizer(config.tokenizer.num_sentinels)
-    trained = config.tokenizer.vocab_size if config.tokenizer.kind == "sentencepiece" else tokenizer.vocab_size
-    resolved = config.replace(
-        model={"vocab_size": config.model.vocab_size or trained},
-        data={"labels": config.data.labels or tuple(map(str, range(config.model.num_classes)))},
-    )
+    config, _ = as_it_runs(config)
+    labels = config.data.labels or tuple(map(str, range(config.model.num_classes)))
+    resolved = config.replace(data={"labels": labels})
     objective = make_objective(resolved, tokenizer)
     experiment = Experiment(resolved, config, tokenizer, objective, Transformer(resolved.model), layout, split)
     experiment.attention_forms()  # or the error that says why not

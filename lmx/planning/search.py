@@ -17,6 +17,7 @@ from lmx.planning.targets import Target
 
 MOST_TENSOR = 16  # beyond, a device's part of a matrix product is too thin to be worth its collectives
 CANDIDATES = 6  # compiled, of all that are ranked
+STATE_BYTES = 16  # of a parameter, its gradient and AdamW's two moments, in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Change:
 def first_that_fits(config: Config, target: Target) -> tuple[Change, Plan] | None:
     """The least change with which the run fits, verified by compiling it; none where none of those tried does.
 
-    Tried in this order, each on top of the ones before: recomputing all of a layer, fewer rows at once, the optimizer's
-    state in the hosts' memory, all devices along fsdp, and along fsdp and tensor.
+    Tried in this order: recomputing all of a layer and fewer rows at once, each on top of the ones before; on top of
+    these the optimizer's state in the hosts' memory; all devices along fsdp, or along fsdp and tensor; then both.
     """
     for change in remedies(config, target):
         try:
@@ -58,14 +59,20 @@ def remedies(config: Config, target: Target) -> Iterator[Change]:
     for n in sorted({smaller[len(smaller) // 2], smaller[0]} if smaller else (), reverse=True):
         fields["train.max_rows_per_device"] = n
         yield _changed(config, fields)
-    if not config.optimizer.offload and target.hardware is not None:
-        yield _changed(config, fields | {"optimizer.offload": True})
+    offload = {"optimizer.offload": True}
+    offloads = not config.optimizer.offload and target.hardware is not None
+    if offloads:
+        yield _changed(config, fields | offload)
     devices, batch = len(target.devices), config.train.global_batch_size
+    split = []
     for tensor in (1, 2, 4, 8, 16):
         fsdp = devices // tensor
         if tensor * fsdp == devices and batch % fsdp == 0 and tensor <= max(1, config.model.num_heads):
-            sizes = dict.fromkeys(AXES, 1) | {"fsdp": fsdp, "tensor": tensor}
-            yield _changed(config, fields | _mesh_fields(sizes))
+            split.append(_mesh_fields(dict.fromkeys(AXES, 1) | {"fsdp": fsdp, "tensor": tensor}))
+    for sizes in split:
+        yield _changed(config, fields | sizes)
+    for sizes in split if offloads else ():
+        yield _changed(config, fields | offload | sizes)
 
 
 def search(
@@ -95,7 +102,8 @@ def search(
 
 
 def ranked_meshes(config: Config, target: Target) -> list[dict[str, int]]:
-    """The meshes that are possible, the one with the shortest estimated step first."""
+    """The meshes that are possible: first those whose devices have room for their part of the state, and among these
+    the one with the shortest estimated step."""
     found = list(meshes(config, len(target.devices)))
     if not found:
         return []
@@ -117,11 +125,21 @@ def ranked_meshes(config: Config, target: Target) -> list[dict[str, int]]:
         stages = sizes["stage"]
         return step * (1 + (stages - 1) / (MICROBATCHES_A_STAGE * stages))
 
-    return sorted(found, key=estimate)
+    def has_room(sizes: dict[str, int]) -> bool:
+        state = STATE_BYTES * sum(parameters.values()) * sizes["data"] / len(target.devices)
+        return hardware is None or state <= hardware.memory
+
+    return sorted(found, key=lambda sizes: (not has_room(sizes), estimate(sizes)))
 
 
 def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
-    """Every product of axes that the sizes of model and batch allow."""
+    """Every product of data, fsdp, tensor, expert and stage that the sizes of model and batch and the strategy allow.
+
+    The axis of the sequence is not among them: it is for rows that are too long for a device, whatever that costs.
+    """
+    if config.train.strategy != "pjit":
+        yield dict.fromkeys(AXES, 1) | {"data": devices}
+        return
     model, batch = config.model, config.train.global_batch_size
     groups = model.num_layers // layer_period(model) if model.scan_layers else 1
     for tensor in (n for n in _divisors(devices) if n <= MOST_TENSOR and model.num_heads % n == 0):
@@ -129,9 +147,12 @@ def meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
             for expert in _divisors(devices // tensor // stage):
                 if expert > 1 and (model.experts.num_experts == 0 or model.experts.num_experts % expert):
                     continue
-                fsdp = devices // tensor // stage // expert
-                if batch % (fsdp * expert * stage) == 0:
-                    yield dict.fromkeys(AXES, 1) | {"tensor": tensor, "stage": stage, "expert": expert, "fsdp": fsdp}
+                replicas = devices // tensor // stage // expert
+                if batch % (replicas * expert * stage):
+                    continue
+                for data in _divisors(replicas):
+                    sizes = {"data": data, "fsdp": replicas // data, "tensor": tensor, "expert": expert, "stage": stage}
+                    yield dict.fromkeys(AXES, 1) | sizes
 
 
 def _mesh_fields(sizes: dict[str, int]) -> dict[str, object]:

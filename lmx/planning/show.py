@@ -72,8 +72,8 @@ def parts_of(memory: Memory) -> dict[str, float]:
     return {name: getattr(memory, name) for name in names}
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """Prints the plan as tables."""
+def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
+    """Prints the plan as tables, and ``notes`` on what it is of."""
     experiment, times = plan.program.experiment, plan.times
     axes = " x ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items() if size > 1) or "one device"
     kind = experiment.mesh.devices.flat[0].device_kind
@@ -88,7 +88,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         "attention": "; ".join(map(str, experiment.attention_forms())),
         "compiled": f"in {plan.program.seconds:.1f} s" if not plan.target.lacks else _not_compiled(plan),
     }
-    for name, value in lines.items():
+    for name, value in [*lines.items(), *(("note", note) for note in notes)]:
         console.print(f"[bold]{name:>13}[/]  {value}", highlight=False, soft_wrap=True)
     console.print(_memory_table(plan))
     if plan.collectives:

@@ -21,6 +21,7 @@ HERE = "here"
 # and table 27 of the CUDA C++ programming guide.
 CARDS = {
     "a100": ((8, 0), 108, 64, 167936, 166912, 41943040, 1.41),
+    "a100-40gb": ((8, 0), 108, 64, 167936, 166912, 41943040, 1.41),
     "h100": ((9, 0), 132, 128, 233472, 232448, 52428800, 1.98),
     "h200": ((9, 0), 132, 128, 233472, 232448, 62914560, 1.98),
     "b200": ((10, 0), 148, 128, 233472, 232448, 132120576, 1.96),
@@ -131,7 +132,7 @@ def _gpu_devices(hardware: Hardware, count: int) -> list[jax.Device]:
         clock=clock,
         bandwidth=hardware.memory_bandwidth,
         memory=hardware.memory,
-        name=f"NVIDIA {hardware.name.upper()}",
+        name=hardware.kinds[0],
     )
     each = min(count, hardware.node)
     with quiet():

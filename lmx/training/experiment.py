@@ -98,7 +98,8 @@ class Experiment:
         rows = self.split.rows_per_device * batch_shards(self.mesh)
         stacks = {name: length for name, length in self.objective.lengths.items() if name.endswith("tokens")}
         with use_layout(self.layout):
-            forms = [attention_form(self.config.model, rows, length) for length in stacks.values()]
+            has_prefix = self.config.objective.name == "prefix_lm"
+            forms = [attention_form(self.config.model, rows, length, has_prefix) for length in stacks.values()]
         return list(dict.fromkeys(forms))
 
     def row_tokens_and_flops(self) -> tuple[int, float]:
@@ -176,10 +177,10 @@ def build(asked: Config, workdir: Path, console: Console, devices: Any = None) -
     layout = Layout.of(asked.mesh, devices)
     check_strategy(asked.train.strategy, layout.mesh)
     split = split_batch(asked.train, layout.mesh)
-    check_pipeline(asked.model, split.rows_per_device, layout)
     config = with_pairs(asked)
     tokenizer = _tokenizer(config, workdir, console)
     config = resolve(_with_body(config, workdir, console), tokenizer)
+    check_pipeline(config.model, split.rows_per_device, layout)
     objective = make_objective(config, tokenizer)
     experiment = Experiment(config, asked, tokenizer, objective, Transformer(config.model), layout, split)
     experiment.attention_forms()

@@ -8,14 +8,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from lmx.config import Config
 from lmx.errors import CheckpointError, ConfigError
 from lmx.interop.opening import locate
 from lmx.interop.pretrained import fresh_params, is_pretrained, load_params, open_checkpoint
+from lmx.model_config import Model
 from lmx.models.lora import ADAPTERS
 from lmx.models.stack import to_layout
+from lmx.models.transformer import Transformer, init_params
 from lmx.parallel.sharding import Layout, like_params, on_host, param_shardings, use_layout
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.experiment import Experiment
@@ -62,22 +65,19 @@ def initial_state(
         return state, Resumed(position, meta.get("pending", []))
 
     shardings = jax.tree.map(lambda x: x.sharding, layout)
-
-    def scratch(key: jax.Array) -> TrainState:
-        return init_state(nn.meta.unbox(experiment.init_params(key)), optimizer)
-
     with use_layout(experiment.layout):
-        state = jax.jit(scratch, out_shardings=shardings)(jax.random.key(config.seed))
+        draw = jax.jit(lambda key: nn.meta.unbox(experiment.init_params(key)), out_shardings=shardings.params)
+        params = draw(jax.random.key(config.seed))
 
     # 2. Another run's parameters, with fresh heads where its own don't fit.
     if config.train.init_from:
-        params, fresh = _taken_over(config, state.params, experiment.layout)
-        params = jax.device_put(params, shardings.params)
-        state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(params)
+        params, fresh = _taken_over(config, params, experiment.layout)
         console.print(f"[bold]started[/] from {config.train.init_from}; fresh: {', '.join(fresh) or 'nothing'}")
 
     # 3. Scratch.
-    return state, None
+    with use_layout(experiment.layout):
+        start = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings, donate_argnums=0)
+        return start(params), None
 
 
 def check_init_from(experiment: Experiment) -> None:
@@ -104,8 +104,29 @@ def _taken_over(config: Config, params: Any, layout: Layout) -> tuple[Any, list[
         found, report = load_params(folder, theirs, tensors, config.model, layout, "float32", config.seed)
         return found, list(report.fresh)
     with Checkpoints(config.train.init_from, read_only=True) as checkpoints:
-        found = to_layout(checkpoints.restore_params(), config.model)
+        wanted = _placed(checkpoints.abstract_params(), config.model, layout)
+        found = jax.jit(lambda saved: to_layout(saved, config.model))(checkpoints.restore_params(wanted))
     return _take_over(config.train.init_from, params, found)
+
+
+def _placed(saved: Any, model: Model, layout: Layout) -> Any:
+    """``saved``, shapes of parameters with layers scanned or not, each with the sharding that ``model``'s own has; what
+    the model lacks is whole on every device."""
+    places = {}
+    for scan_layers in (True, False):
+        either = Transformer(dataclasses.replace(model, scan_layers=scan_layers))
+        boxed = jax.eval_shape(lambda either=either: init_params(either, jax.random.key(0)))
+        own, shardings = jax.tree.leaves_with_path(nn.meta.unbox(boxed)), param_shardings(boxed, layout)
+        for (path, leaf), sharding in zip(own, jax.tree.leaves(shardings), strict=True):
+            places[_name(path), leaf.shape] = sharding
+
+    def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        whole = NamedSharding(layout.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=places.get((_name(path), tuple(leaf.shape)), whole)
+        )
+
+    return jax.tree_util.tree_map_with_path(place, saved)
 
 
 def _check_fresh(experiment: Experiment, fresh: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from lmx.training.pending import Pending, means
 from lmx.training.profiling import FOLDER, Profiler
 from lmx.training.progress import Progress, tell_reader
 from lmx.training.report import write_report
-from lmx.training.samples import write_samples
+from lmx.training.samples import sample_prompt, write_samples
 from lmx.training.state import TrainState
 from lmx.training.step import SKIPPED, make_eval_step, make_train_step
 from lmx.training.stopping import Interrupt, has_converged
@@ -83,6 +83,7 @@ def train(
     experiment = build(config, workdir, console, devices)
     batches = experiment.train_batches()
     experiment.eval_batches()  # a held-out source that can't be opened is an error now, not at the first evaluation
+    sample_prompt(experiment)
     if not (workdir / "config.json").is_file():  # a run that has begun does not need what it began from
         check_init_from(experiment)
     barrier("built")  # nobody reads the workdir while it is being written
@@ -142,6 +143,7 @@ class _Run:
         self.skipped = sum(int(line.get("train/skipped", 0)) for line in self.writer.resumed)
         self.throughput = throughput(experiment)
         self.tokens = 0  # of this process since the last line
+        self.compiled: set[str] = set()
 
     def loop(self, interrupt: Interrupt) -> str:
         """Trains until something ends it; returns what did."""
@@ -149,6 +151,11 @@ class _Run:
         if self.step >= train.steps:
             self.console.print(f"[bold green]complete[/]: {self.workdir} has done all of its {train.steps:,} steps")
             return "complete"
+        if self._converged():
+            self.console.print(
+                f"[bold green]converged[/]: {self.workdir} stopped early, as train.early_stop_evals asks"
+            )
+            return "converged"
         with Progress(self.console, train.steps, self.step) as progress:
             if self.step == 0:  # what an untrained model scores, for the curve to start from
                 self._write(self._evaluate(progress))
@@ -164,7 +171,7 @@ class _Run:
                     metrics |= self._evaluate(progress)
                 if metrics:
                     self._write(metrics)
-                converged = has_converged(self.eval_losses, train.early_stop_evals, train.early_stop_delta)
+                converged = self._converged()
                 done = self.step >= train.steps or converged
                 if self.step % train.checkpoint_every == 0 or done or stopped is not None:
                     self._save(metrics)
@@ -183,15 +190,25 @@ class _Run:
             self.console.print("Everything up to this step is saved; run the same command again to go on.")
         return Result(self.step, self.latest, ended)
 
+    def _converged(self) -> bool:
+        return has_converged(self.eval_losses, self.config.train.early_stop_evals, self.config.train.early_stop_delta)
+
     def _advance(self) -> None:
         """One step; returns as soon as the device has it to do."""
         with self.throughput.waiting():
             batch = next(self.batches)
         self.tokens += sum(int((batch[name] > 0).sum()) for name in batch if name.endswith("segments"))
+        self._compiles("step")
         self.state, metrics = self.train_step(self.state, put_batch(batch, self.experiment.mesh))
         self.pending.add(metrics)
         self.step += 1
         self.watchdog.beat(self.step)
+
+    def _compiles(self, what: str) -> None:
+        """Lets the watchdog rest where ``what`` comes for the first time: it is compiled first."""
+        if what not in self.compiled:
+            self.compiled.add(what)
+            self.watchdog.rest()
 
     def close(self) -> None:
         """Ends what writes files."""
@@ -225,6 +242,7 @@ class _Run:
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         self.throughput.pause()
+        self._compiles("evaluation")
         beat = functools.partial(self.watchdog.beat, self.step)
         metrics = evaluate(self.experiment, self.eval_step, eval_params(self.state), beat=beat)
         self.eval_losses.append(metrics["eval/loss"])
@@ -236,8 +254,8 @@ class _Run:
 
     def _save(self, metrics: dict[str, float]) -> None:
         """Saves, once everything up to here is known to be finite."""
+        self._check_pending()  # waits for the device, which is time of the steps
         self.throughput.pause()
-        self._check_pending()
         self.writer.sync()
         self.checkpoints.save(self.step, self.state, self.batches.get_state(), metrics, self.pending.saved())
         self.watchdog.beat(self.step)
@@ -279,12 +297,13 @@ def evaluate(
       eval_step: of :func:`compiled_eval_step`.
       params: the parameters to score, on the mesh.
       source: other data than the config's ``data.eval``.
-      beat: called at every batch.
+      beat: called after every batch.
     """
 
     def score(batch: dict) -> Any:
+        scored = eval_step(params, put_batch(batch, experiment.mesh))
         beat()
-        return eval_step(params, put_batch(batch, experiment.mesh))
+        return scored
 
     terms, limit = {}, experiment.config.eval.max_batches or None
     for name, batches in experiment.eval_batches_by_source(source).items():
@@ -345,6 +364,8 @@ def _print_header(experiment: Experiment, workdir: Path, console: Console) -> No
     }
     for name, value in lines.items():
         console.print(f"[bold]{name:>11}[/]  {value}", highlight=False)
+    if jax.process_count() > 1 and sample_prompt(experiment):
+        console.print(f"[bold]{'samples':>11}[/]  none: they are written in runs of one process alone", highlight=False)
     for line in experiment.describe_data():
         console.print(f"[bold]{'data':>11}[/]  {line}", highlight=False)
     for warning in moved_dimensions(experiment.abstract_params(), experiment.layout):

@@ -148,8 +148,12 @@ def eval_params(state: Any) -> PyTree:
         return isinstance(node, ParameterAverage | ScheduleFreeState)
 
     def known(choose: Callable, other: PyTree) -> PyTree:
-        """Applies ``choose`` wherever the optimizer holds another value of the parameter."""
-        return jax.tree.map(lambda p, o: p if isinstance(o, optax.MaskedNode) else choose(p, o), state.params, other)
+        """Applies ``choose`` wherever the optimizer holds another value of the parameter, which may be offloaded."""
+
+        def value(param: jax.Array, held: Any) -> jax.Array:
+            return param if isinstance(held, optax.MaskedNode) else choose(param, jax.device_put(held, param.sharding))
+
+        return jax.tree.map(value, state.params, other)
 
     for node in jax.tree.leaves(state.opt_state, is_leaf=averages):
         if isinstance(node, ParameterAverage):

@@ -12,6 +12,7 @@ from lmx.config import Config, differences, field_types, from_dict, to_dict
 from lmx.errors import CheckpointError
 from lmx.training.curves import format_number, line_chart
 from lmx.training.metrics import read_metrics
+from lmx.training.workdir import write_text
 
 MOST_SAMPLE_CHARACTERS = 20_000
 
@@ -20,7 +21,7 @@ TITLES = {
     "learning_rate": "Learning rate",
     "tokens_per_second": "Tokens per second",
     "model_flops_utilization": "Model FLOPs utilization",
-    "gradient_norm": "Gradient norm",
+    "grad_norm": "Gradient norm",
 }
 
 STYLE = """
@@ -108,9 +109,7 @@ def write_page(path: Path, title: str, subtitle: str, parts: Sequence[str]) -> N
         f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>\n"
         f"{chr(10).join(filter(None, parts))}\n</body></html>\n"
     )
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(path)
+    write_text(path, page)
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

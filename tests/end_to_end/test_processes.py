@@ -126,6 +126,17 @@ def test_several_processes_give_the_curve_of_one(processes, mesh, alone, tmp_pat
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == ["6"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["mesh.data=2", pytest.param("mesh.fsdp=2", marks=pytest.mark.exhaustive)])
+def test_several_processes_start_from_another_run(mesh, tmp_path):
+    train(tmp_path / "first", 1, 1, "train.steps=3")
+    settings = (mesh, "train.steps=3", f"train.init_from={tmp_path / 'first'}")
+    ended = train(tmp_path / "second", 2, 2, *settings)
+    assert "started from" in " ".join(ended[0][1].split())
+    loss = losses(tmp_path / "first")[3, "eval/loss"]
+    assert losses(tmp_path / "second")[0, "eval/loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def wait_for(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():

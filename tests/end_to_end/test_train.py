@@ -14,10 +14,12 @@ from rich.console import Console
 
 import lmx as package
 from lmx.config_files import read_config_file
-from lmx.errors import TrainingError
+from lmx.errors import ConfigError, TrainingError
+from lmx.parallel.watchdog import Watchdog
+from lmx.training import loop
 from lmx.training.checkpoints import Checkpoints
 from lmx.training.loop import train
-from lmx.training.metrics import TIMINGS, read_metrics
+from lmx.training.metrics import TIMINGS, Throughput, read_metrics
 from tests.end_to_end.conftest import QUICKSTART, ROOT, lmx
 
 SMALL = [
@@ -158,6 +160,44 @@ def test_early_stop_when_the_metric_has_converged(tmp_path):
     settings = ["train.early_stop_evals=2", "train.early_stop_delta=100.0", "train.eval_every=2"]
     result = run(tmp_path, *settings)
     assert (result.ended, result.step) == ("converged", 4)
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    again = run(tmp_path, *settings)
+    assert (again.ended, again.step) == ("converged", 4) and (tmp_path / "metrics.jsonl").read_text() == lines
+
+
+def test_a_prompt_without_room_after_it_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ConfigError, match=r"train.sample_prompt is \d+ tokens"):
+        run(tmp_path / "run", f"train.sample_prompt={'a' * 300}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_run_waits_for_is_time_of_its_steps_and_compiling_is_not_a_standstill(tmp_path, monkeypatch):
+    """Before a save the host waits for the steps under way: only then the clock of the speed may stand still."""
+    events = []
+
+    def noted(owner, name):
+        method = getattr(owner, name)
+
+        def called(self, *args, **kwargs):
+            events.append(name)
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, called)
+
+    for owner, names in {
+        loop._Run: ["_check_pending", "_save", "_advance"],
+        Throughput: ["pause"],
+        Watchdog: ["rest", "beat"],
+    }.items():
+        for name in names:
+            noted(owner, name)
+    run(tmp_path, "train.steps=4", "train.log_every=4", "train.checkpoint_every=1")
+    saves = [events[i + 1 : i + 3] for i, name in enumerate(events) if name == "_save"]
+    assert saves == [["_check_pending", "pause"]] * 4
+    clock = [name for name in events if name in ("rest", "beat", "_advance")]
+    first = clock.index("_advance")
+    assert clock[0] == "rest" and clock[first : first + 3] == ["_advance", "rest", "beat"]
+    assert clock.count("rest") == 2  # the first evaluation and the first step
 
 
 def test_the_loaded_model_scores_what_training_reported(tiny_run):

@@ -60,7 +60,7 @@ def test_what_slurm_would_not_take(capsys, devices, flags, message):
     assert message in refused(capsys, "slurm", devices, *flags)
 
 
-def run(script, tmp_path, monkeypatch, status=0, state="RUNNING", restarts=""):
+def run(script, tmp_path, monkeypatch, status=0, state="RUNNING"):
     """Runs the script; returns its exit status, the words after ``srun`` and the calls of ``scontrol``."""
     words = f"""python3 -c 'import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get("A")]))' "$@"
 exit {status}"""
@@ -68,7 +68,6 @@ exit {status}"""
     calls = tmp_path / "calls"
     calls.write_text("")
     variables = os.environ | {"CALLS": str(calls), "SLURM_JOB_ID": "7"}
-    variables |= {"SLURM_RESTART_COUNT": restarts} if restarts else {}
     done = subprocess.run(["bash"], input=script, text=True, capture_output=True, env=variables)
     requeued = [line.partition("bin/")[2] for line in calls.read_text().splitlines() if "scontrol" in line]
     return done.returncode, json.loads(done.stdout.splitlines()[0]), requeued
@@ -81,24 +80,27 @@ def test_the_command_comes_through_the_shell_as_it_was_typed(capsys, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("status", "state", "restarts", "again"),
+    ("statuses", "again"),
     [
-        (143, "RUNNING", "", True),
-        (143, "RUNNING", "99", True),  # asked to stop, as at a time limit: always
-        (143, "COMPLETING", "", False),  # cancelled
-        (PEER_LOST, "RUNNING", "", True),
-        (PEER_LOST, "RUNNING", "2", True),
-        (PEER_LOST, "RUNNING", "3", False),
-        (134, "RUNNING", "", True),
-        (137, "RUNNING", "", True),
-        (2, "RUNNING", "", False),  # bad input stays bad
-        (0, "RUNNING", "", False),
+        ([143] * 5, True),  # asked to stop, as at a time limit: always
+        ([PEER_LOST, 134, 137], True),
+        ([PEER_LOST, 134, 137, PEER_LOST], False),
+        ([143, 143, 143, 143, PEER_LOST], True),  # being stopped is no failure
+        ([2], False),  # bad input stays bad
+        ([0], False),
     ],
 )
-def test_a_job_that_was_stopped_is_queued_again(capsys, tmp_path, monkeypatch, status, state, restarts, again):
-    script, _ = launch(capsys, "slurm", "h100:16", "--max-restarts", "3")
-    ended, _, requeued = run(script, tmp_path, monkeypatch, status, state, restarts)
-    assert (ended, requeued) == (status, ["scontrol requeue 7"] if again else [])
+def test_a_job_that_was_stopped_is_queued_again(capsys, tmp_path, monkeypatch, statuses, again):
+    script, _ = launch(capsys, "slurm", "h100:16", "--max-restarts", "3", "--workdir", str(tmp_path / "it's one"))
+    (tmp_path / "it's one" / "slurm").mkdir(parents=True)
+    for status in statuses:
+        ended, _, requeued = run(script, tmp_path, monkeypatch, status)
+    assert (ended, requeued) == (statuses[-1], ["scontrol requeue 7"] if again else [])
+
+
+def test_a_job_that_was_cancelled_is_not_queued_again(capsys, tmp_path, monkeypatch):
+    script, _ = launch(capsys, "slurm", "h100:16")
+    assert run(script, tmp_path, monkeypatch, 143, "COMPLETING")[2] == []
 
 
 def test_what_is_submitted_is_what_the_dry_run_shows(capsys, tmp_path, monkeypatch):
@@ -109,6 +111,13 @@ def test_what_is_submitted_is_what_the_dry_run_shows(capsys, tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
     _, said = launch(capsys, "slurm", "h100:16", *workdir, AWKWARD, "--submit")
     assert taken.read_text().strip() == shown.strip() and "submitted: job 7" in said
+
+
+def test_a_workdir_in_the_home_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fake(tmp_path / "bin", monkeypatch, srun="", sbatch='echo "Submitted batch job 7"')
+    _, said = launch(capsys, "slurm", "h100:16", "--workdir=~/runs/one", "--submit")
+    assert "submitted: job 7" in said and (tmp_path / "runs" / "one" / "slurm").is_dir()
 
 
 def test_what_sbatch_says_against_a_job_is_told(capsys, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from lmx.parallel.hardware import hardware_of, read_devices
         ("TPU v5p", "v5p"),
         ("TPU v6 lite", "v6e"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
         ("NVIDIA B200", "b200"),
@@ -25,8 +26,9 @@ def test_kinds_are_told_apart(kind, name):
     assert hardware_of(SimpleNamespace(device_kind=kind)).name == name
 
 
-def test_a_cpu_is_not_known():
-    assert hardware_of(SimpleNamespace(device_kind="cpu")) is None
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH200 480GB", "NVIDIA L4"])
+def test_what_the_table_lacks_is_not_taken_for_another(kind):
+    assert hardware_of(SimpleNamespace(device_kind=kind)) is None
 
 
 @pytest.mark.parametrize(

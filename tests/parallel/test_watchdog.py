@@ -52,7 +52,7 @@ def test_who_is_waited_for_is_named(service, message, monkeypatch, capfd):
     ended = []
     watchdog = Watchdog(1000.0, "runs/x", service, ended.append)
     watchdog.beat(12)
-    watchdog._give_up()
+    watchdog._give_up(1001.0)
     assert ended == [PEER_LOST]
     said = capfd.readouterr().err
     assert "process 0 of 3 did nothing for" in said and "at step 12" in said and "runs/x" in said
@@ -71,7 +71,7 @@ def given_up(monkeypatch, looks):
     """Whether a run with a limit of 100 seconds is given up, whose watchdog looks so many seconds apart.
 
     Args:
-      looks: pairs of the seconds that have passed, and whether a step was begun meanwhile.
+      looks: pairs of the seconds that have passed, and whether a step was begun meanwhile, or it "rests".
     """
     clock, ended = [0.0], []
     watchdog = Watchdog(100.0, "runs/x", Service({}))
@@ -80,13 +80,15 @@ def given_up(monkeypatch, looks):
     def wait(tick):
         seconds, stepped = next(left, (None, False))
         clock[0] += seconds or 0.0
-        if stepped:
+        if stepped == "rests":
+            watchdog.rest()
+        elif stepped:
             watchdog.beat(1)
         return seconds is None
 
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(watchdog._done, "wait", wait)
-    monkeypatch.setattr(watchdog, "_give_up", lambda: ended.append(True))
+    monkeypatch.setattr(watchdog, "_give_up", lambda stalled: ended.append(True))
     watchdog._watch()
     return bool(ended)
 
@@ -97,6 +99,12 @@ def test_steps_keep_a_run_alive_and_the_first_one_may_take_its_time(monkeypatch)
     steps = [(1.0, index % 50 == 0) for index in range(300)]
     assert not given_up(monkeypatch, [*compiling, *steps])
     assert given_up(monkeypatch, [*compiling, *steps, *[(1.0, False)] * 101])
+
+
+def test_what_rests_is_not_counted_until_the_next_step(monkeypatch):
+    resting = [(1.0, True), (1.0, "rests"), *[(1.0, False)] * 300]
+    assert not given_up(monkeypatch, resting)
+    assert given_up(monkeypatch, [*resting, (1.0, True), *[(1.0, False)] * 101])
 
 
 def test_a_process_that_was_stopped_itself_does_not_blame_others(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 
 from lmx.cli import main
 from lmx.config_files import read_config_file
+from lmx.errors import ConfigError
 from lmx.parallel.hardware import HARDWARE
 from lmx.planning.plan import make_plan
 from lmx.planning.targets import AbsentDevice, Target, open_target
@@ -103,3 +104,13 @@ def test_what_is_offloaded_takes_none_of_the_devices_memory():
     )
     assert offloaded.memory.optimizer == 0
     assert offloaded.memory.total == estimated.memory.total - estimated.memory.optimizer
+
+
+def test_the_attention_that_is_named_is_the_one_that_rows_with_a_prefix_get():
+    settings = ("model.dropout=0", "model.attention_dropout=0", "model.dtype=bfloat16")
+    plain = estimate("t5.py:base", *settings).program.experiment.attention_forms()
+    assert "cuDNN" in str(plain[0])
+    (with_prefix,) = estimate("prefix_lm.py:base", *settings).program.experiment.attention_forms()
+    assert with_prefix.name == "plain" and "prefix" in str(with_prefix)
+    with pytest.raises(ConfigError, match="prefix"):
+        estimate("prefix_lm.py:base", *settings, "model.attention=flash")

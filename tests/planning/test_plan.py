@@ -1,6 +1,7 @@
 """A plan says what the compiled program says, and its arithmetic can be done by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,8 +16,8 @@ from lmx.models.heads import num_params
 from lmx.parallel.hardware import HARDWARE
 from lmx.parallel.sharding import put_batch
 from lmx.planning.plan import Times, bandwidth, make_plan
-from lmx.planning.program import abstract_batch, abstract_experiment
-from lmx.planning.search import first_that_fits, meshes, search
+from lmx.planning.program import abstract_batch, abstract_experiment, as_it_runs
+from lmx.planning.search import first_that_fits, meshes, ranked_meshes, search
 from lmx.planning.show import rows_of
 from lmx.planning.targets import Target, open_target
 from lmx.training.experiment import build
@@ -108,12 +109,28 @@ def test_links_of_a_node_and_beyond():
     assert bandwidth(within, mesh, h100) == h100.link_bandwidth
     assert bandwidth(across, mesh, h100) == h100.network_bandwidth
     assert bandwidth(both, mesh, h100) == 4 * h100.network_bandwidth
+    outer_and_inner = SimpleNamespace(axes=("data", "tensor"), size=16)  # a node holds two of its members
+    assert bandwidth(outer_and_inner, mesh, h100) == 2 * h100.network_bandwidth
+
+
+def test_the_body_and_the_vocabulary_are_those_of_a_run(tmp_path):
+    import transformers
+
+    published = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64
+    )
+    transformers.BertModel(published).save_pretrained(tmp_path)
+    config = config_of("bert_classify.py")
+    config, said = as_it_runs(config.replace(train={"init_from": str(tmp_path)}))
+    model = abstract_experiment(config, open_target("here")).model.config
+    assert (model.num_layers, model.vocab_size, model.position) == (3, 99, "learned") and "not the one that" in said[0]
+    _, said = as_it_runs(config_of("bert_classify.py", "train.init_from=nobody/has-this"))
+    assert "is not here" in said[0] and "vocabulary is known once" in said[1]
+    assert as_it_runs(config_of("gpt2.py:tiny"))[1] == []
 
 
 def test_a_run_that_does_not_fit_is_told_what_would():
     """On a device whose memory lies just below what the run takes."""
-    from dataclasses import replace
-
     config = config_of("gpt2.py:tiny", "mesh.data=1", "data.length=128", "model.num_layers=8")
     target = Target("small", tuple(jax.devices()[:1]), next(one for one in HARDWARE if one.name == "v5e"))
     needed = make_plan(config, target).memory.total
@@ -132,6 +149,23 @@ def test_a_search_ranks_what_it_compiled():
     assert len(found) > 2 and all(one.memory.fits for one in found)
     steps = [one.times.step for one in found]
     assert steps == sorted(steps) and len({str(one.program.experiment.mesh.shape) for one in found}) == len(found)
+
+
+def test_meshes_that_do_not_hold_the_state_come_last():
+    config = config_of("gpt2.py:tiny", "train.global_batch_size=64")
+    target = Target("v5e", tuple(jax.devices()[:8]), next(one for one in HARDWARE if one.name == "v5e"))
+    assert {"data", "fsdp"} <= {axis for sizes in meshes(config, 8) for axis, size in sizes.items() if size == 8}
+    state = 16 * sum(make_plan(config, target).parameters.values())
+    small = replace(target, hardware=replace(target.hardware, memory=state / 3))
+    ranked = ranked_meshes(config, small)
+    room = [sizes["data"] <= 2 for sizes in ranked]  # a third of the state, on at least a quarter of the devices
+    assert any(room) and room == sorted(room, reverse=True)
+
+
+def test_under_pmap_there_is_one_mesh():
+    target = Target("v5e", tuple(jax.devices()[:8]), next(one for one in HARDWARE if one.name == "v5e"))
+    (only,) = ranked_meshes(config_of("gpt2.py:tiny", "train.strategy=pmap"), target)
+    assert only["data"] == 8
 
 
 def test_every_mesh_that_is_tried_suits_the_sizes():

@@ -11,6 +11,7 @@ from lmx.config import Experts, Mesh
 from lmx.parallel.sharding import Layout, put_batch
 from lmx.training.initial import initial_state, state_layout
 from lmx.training.loop import compiled_train_step
+from lmx.training.optimizers import eval_params
 
 from .runs import make_batch, make_config, make_experiment
 
@@ -133,6 +134,18 @@ def test_every_strategy_gives_the_same_numbers(name, strategy, devices):
     assert_close(first.opt_state, expected_first.opt_state)
     assert_close(last, expected_last)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [{"ema_decay": 0.9}, {"name": "schedule_free_adamw"}], ids=str)
+def test_averages_in_the_hosts_memory_come_to_the_parameters(optimizer):
+    averages = []
+    for offload, devices in ((True, 8), (False, 1)):
+        config = MODELS["uneven"].replace(optimizer=optimizer | {"offload": offload})
+        experiment = make_experiment(config, Layout.of(Mesh(data=1, fsdp=devices), jax.devices()[:devices]))
+        state, _ = initial_state(experiment, experiment.optimizer(), None, Console(quiet=True))
+        averages.append(eval_params(state))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(averages[0])} == {"device"}
+    assert_close(*map(jax.device_get, averages))
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}], ids=label)
