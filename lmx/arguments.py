@@ -64,7 +64,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--json", metavar="FILE", help="also write every number here")
     plan.add_argument("--html", metavar="FILE", help="also write a page with pictures here")
     plan.add_argument("--shardings", action="store_true", help="list where each parameter goes")
-    plan.add_argument("--search", action="store_true", help="rank mesh shapes and remat policies")
+    plan.add_argument("--search", action="store_true", help="rank all mesh shapes and remat policies; compiles many")
 
 
 def _add_launch(launch: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """From ``--config FILE.py:VARIANT --config.section.field=VALUE …`` to a checked :class:`~lmx.config.Config`."""
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -29,7 +30,7 @@ def read_config_file(path: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"--config: there is no file {file}{nearest(file.name, others) if others else ''}")
     for override in overrides:
         _check_name(override)
-    values, arguments = flags.FlagValues(), ["lmx", f"--config={path}", *overrides]
+    values, arguments = flags.FlagValues(), ["lmx", f"--config={path}", *map(_one_text, overrides)]
     config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=arguments)
     try:
         values(arguments)
@@ -65,6 +66,18 @@ def _check_name(override: str) -> None:
         raise ConfigError(f"{override!r} is no override; write --config.SECTION.FIELD=VALUE.")
     if name not in field_types():
         raise ConfigError(f"config has no field {name!r}{nearest(name, field_types())}")
+
+
+def _one_text(override: str) -> str:
+    """The override; a single value of a field of several texts becomes one of them, whatever is in it."""
+    name, _, value = override.removeprefix("--config.").partition("=")
+    if field_types()[name].type != tuple[str, ...]:
+        return override
+    try:
+        found = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        found = value
+    return override if isinstance(found, tuple | list) else f"--config.{name}={(str(found),)!r}"
 
 
 def _reason(path: str, message: str) -> str:

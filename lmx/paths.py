@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lmx.errors import LmxError
+from lmx.errors import ConfigError, LmxError
 
 LFS = b"version https://git-lfs"  # how such a note begins
 
@@ -25,3 +25,14 @@ def new_folder(path: str | os.PathLike[str]) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LmxError(f"{folder} exists already and is not overwritten; remove it, or choose another path.")
     return folder
+
+
+def check_output(path: str | os.PathLike[str] | None) -> None:
+    """Raises :class:`ConfigError` where no file can be written; before the work whose result it is to hold."""
+    if path is None:
+        return
+    file = Path(path).resolve()
+    if not file.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it first.")
+    if file.is_dir():
+        raise ConfigError(f"{str(path)!r} cannot be written: it is a folder; name a file in it.")

@@ -9,6 +9,7 @@ from lmx.benchmarking.cases import SYSTEMS, cases
 from lmx.benchmarking.measure import matmul_peak, measure, systems
 from lmx.benchmarking.show import Results, machine, print_table, write_html
 from lmx.errors import ConfigError, LmxError
+from lmx.paths import check_output
 
 
 def bench(
@@ -30,9 +31,8 @@ def bench(
     Raises:
       LmxError: there is no such suite or case, or the peers are not installed.
     """
-    for path in filter(None, (json, html)):
-        if not Path(path).resolve().parent.is_dir():
-            raise ConfigError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it first.")
+    for path in (json, html):
+        check_output(path)
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise LmxError(f"lmx bench needs {' and '.join(missing)} to compare with: pip install 'lmx[bench]'.")

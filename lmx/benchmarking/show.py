@@ -14,6 +14,7 @@ from rich.markup import escape
 from lmx.benchmarking.cases import SYSTEMS
 from lmx.benchmarking.measure import Measured, Timing
 from lmx.benchmarking.work import PROMPT
+from lmx.planning.show import seconds
 from lmx.training.report import write_page
 
 MIB = 2**20
@@ -146,11 +147,6 @@ def write_html(path: str | Path, results: Results) -> None:
     )
     parts = [f"<h2>Time</h2>{bars}", f'<h2>Numbers</h2><div class="card"><table>{rows}</table></div>']
     write_page(Path(path), f"lmx bench, suite {results.suite}", " · ".join(results.about.values()), parts)
-
-
-def seconds(value: float) -> str:
-    """A time to read."""
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
 def _bars(found: Measured) -> str:

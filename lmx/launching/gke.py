@@ -7,6 +7,7 @@ Storage FUSE CSI driver"; what ``xpk`` writes.
 import dataclasses
 import importlib.metadata
 import importlib.util
+import re
 from typing import Any
 
 import yaml
@@ -18,6 +19,8 @@ PROCESSES = "train"  # name of the replicated job, and so a part of its pods' na
 SCHEMA = "kubeflow_trainer_api"  # models made from JobSet's and Kubernetes' OpenAPI specifications
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 BUCKET = "gs://"
+LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"  # RFC 1123
+BUCKET_NAME = r"[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,12 @@ def jobset(job: Job, options: Options) -> dict[str, Any]:
     Raises:
       ConfigError: as :func:`prepare`.
     """
+    for flag, name in (("--namespace", options.namespace), ("--queue", options.queue)):
+        if name is not None and not re.fullmatch(LABEL, name):
+            raise ConfigError(f"{flag} {name!r} is no name for Kubernetes: a-z, 0-9 and '-', at most 63.")
+    for source in read_mounts(options.mount, job.workdir).values():
+        if not re.fullmatch(BUCKET_NAME if source.startswith(BUCKET) else LABEL, source.removeprefix(BUCKET)):
+            raise ConfigError(f"--mount {source}:…: this is neither gs:// and a bucket's name nor a volume's claim.")
     if not options.image:
         raise ConfigError("lmx launch gke needs --image: a container with lmx and the config in its working directory.")
     metadata: dict[str, Any] = {"name": job.name}

@@ -12,7 +12,7 @@ from lmx.config import Config
 from lmx.config_files import read_config_file
 from lmx.errors import ConfigError, LmxError
 from lmx.parallel.compile import check_strategy
-from lmx.parallel.hardware import HOST_CHIPS, Devices, read_devices
+from lmx.parallel.hardware import Devices, read_devices
 from lmx.parallel.mesh import batch_shards, split_batch
 from lmx.parallel.pipeline import check_pipeline
 from lmx.parallel.sharding import Layout
@@ -88,7 +88,6 @@ def make_job(
       ConfigError: whatever of these is not so; nothing has been written.
     """
     read, asked = read_config_file(config, overrides), read_devices(devices)
-    check_machines(asked)
     check_fits(read, asked)
     if name is None:
         name = re.sub(r"[^a-z0-9]+", "-", Path(config).name.replace(".py", "").lower()).strip("-")[:NAME_LENGTH]
@@ -99,24 +98,6 @@ def make_job(
     variables = dict(_variable(text) for text in environment)
     command = ("lmx", "train", "--config", config, "--workdir", workdir, *overrides)
     return Job(name, command, workdir, asked, max_restarts, variables)
-
-
-def check_machines(devices: Devices) -> None:
-    """Raises :class:`ConfigError` where a TPU topology is not one of whole machines."""
-    dimensions = devices.rented.torus
-    if not dimensions:
-        return
-    example = "4x4" if dimensions == 2 else "4x4x8"
-    if len(devices.shape) != dimensions:
-        raise ConfigError(
-            f"--devices {devices.name!r}: topologies of {devices.hardware.name} have {dimensions} dimensions; write "
-            f"{devices.hardware.name}:{example}."
-        )
-    if devices.chips > 1 and any(size % 2 for size in devices.shape[:2]):
-        raise ConfigError(
-            f"--devices {devices.name!r} does not make whole machines: one holds {HOST_CHIPS} chips, 2 x 2 of the "
-            f"first two dimensions, which must be even, as in {devices.hardware.name}:{example}."
-        )
 
 
 def check_fits(config: Config, devices: Devices) -> None:

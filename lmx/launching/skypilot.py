@@ -7,6 +7,7 @@ import importlib.util
 import shlex
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -97,6 +98,11 @@ def task(job: Job, options: Options) -> dict[str, Any]:
     devices, mounts = job.devices, read_mounts(options.mount, job.workdir)
     if not devices.rented.skypilot:
         raise ConfigError(f"--devices {devices.name}: SkyPilot has no {devices.hardware.name}; use gke.")
+    if not options.setup and not Path("setup.py").is_file():
+        raise ConfigError(
+            "SkyPilot sends this folder to the machines, to install lmx from, and there is no setup.py in it: run the "
+            "command in lmx's own folder, or say with --setup how to install it."
+        )
     tpu = devices.hardware.is_tpu
     name = devices.rented.skypilot.format(chips=devices.chips, cores=2 * devices.chips)
     resources: dict[str, Any] = {"accelerators": name if tpu else f"{name}:{devices.chips_per_host}"}

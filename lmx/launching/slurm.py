@@ -140,8 +140,10 @@ def _more(settings: tuple[str, ...], fixed: dict[str, Any]) -> dict[str, Any]:
         name = name.replace("-", "_")
         if name in fixed:
             raise ConfigError(f"--sbatch {setting!r}: lmx sets {name} from --devices and its own flags.")
-        if not equals or name not in known:
-            raise ConfigError(f"--sbatch {setting!r} is not NAME=VALUE of a parameter{nearest(name, known)}.")
+        if not equals:
+            raise ConfigError(f"--sbatch {setting!r} lacks a value: write {setting}=VALUE.")
+        if name not in known:
+            raise ConfigError(f"--sbatch {setting!r} names no parameter of sbatch{nearest(name, known)}")
         found[name] = {"true": True, "false": None}.get(value.lower(), value)
     return found
 

@@ -17,6 +17,8 @@ from lmx.errors import ConfigError, nearest
 
 GIB = 2**30
 HOST_CHIPS = 4  # of a TPU: 2 x 2 of its torus
+# Slices of TPUs whose torus has two dimensions.
+FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +75,23 @@ class Rented:
       gke: the value of GKE's node label for it.
       skypilot: SkyPilot's name for it, of so many ``chips`` or ``cores``; empty: it has none.
       torus: dimensions that a topology is written in; 0: GPUs, by their number.
+      most: chips of the largest slice.
       devices_per_chip: how many JAX sees in a chip.
     """
 
     gke: str
     skypilot: str
     torus: int = 0
+    most: int = 0
     devices_per_chip: int = 1
 
 
 RENTED = {
-    "v4": Rented("tpu-v4-podslice", "tpu-v4-{cores}", torus=3),
-    "v5e": Rented("tpu-v5-lite-podslice", "tpu-v5litepod-{chips}", torus=2),
-    "v5p": Rented("tpu-v5p-slice", "tpu-v5p-{cores}", torus=3),
-    "v6e": Rented("tpu-v6e-slice", "tpu-v6e-{chips}", torus=2),
-    "tpu7x": Rented("tpu7x", "", torus=3, devices_per_chip=2),
+    "v4": Rented("tpu-v4-podslice", "tpu-v4-{cores}", torus=3, most=4096),
+    "v5e": Rented("tpu-v5-lite-podslice", "tpu-v5litepod-{chips}", torus=2, most=256),
+    "v5p": Rented("tpu-v5p-slice", "tpu-v5p-{cores}", torus=3, most=6144),
+    "v6e": Rented("tpu-v6e-slice", "tpu-v6e-{chips}", torus=2, most=256),
+    "tpu7x": Rented("tpu7x", "", torus=3, most=9216, devices_per_chip=2),
     "a100": Rented("nvidia-a100-80gb", "A100-80GB"),
     "a100-40gb": Rented("nvidia-tesla-a100", "A100"),
     "h100": Rented("nvidia-h100-80gb", "H100"),
@@ -158,7 +162,31 @@ def read_devices(name: str, others: Sequence[str] = ()) -> Devices:
         raise ConfigError(f"--devices {name!r}: {found} how many devices there are: {example}.")
     if not hardware.is_tpu and (int(size) > hardware.node and int(size) % hardware.node):
         raise ConfigError(f"--devices {name!r}: {kind} comes in nodes of {hardware.node}; use a multiple of it.")
-    return Devices(f"{kind}:{size}", hardware, tuple(map(int, size.split("x"))))
+    devices = Devices(f"{kind}:{size}", hardware, tuple(map(int, size.split("x"))))
+    if hardware.is_tpu:
+        _check_slice(devices)
+    return devices
+
+
+def _check_slice(devices: Devices) -> None:
+    """Raises where there are no slices of this shape: Google's pages "TPU v4", "TPU v5e" and so on list them."""
+    shape, rented = devices.shape, devices.rented
+    flat, kind = rented.torus == 2, devices.hardware.name
+    if len(shape) != rented.torus:
+        raise ConfigError(
+            f"--devices {devices.name!r}: topologies of {kind} have {rented.torus} dimensions, as in "
+            f"{kind}:{'4x4' if flat else '4x4x8'}."
+        )
+    if flat:
+        offered, which = shape in FLAT, ", ".join("x".join(map(str, one)) for one in FLAT)
+    else:
+        cube = all(size in (2, 4) for size in shape) or all(size % 4 == 0 for size in shape)
+        offered = shape in ((1, 1, 1), (2, 2, 1)) or (cube and list(shape) == sorted(shape))
+        which = "2x2x1, and AxBxC with A <= B <= C that are 2 or 4, or multiples of 4"
+    if not offered or devices.chips > rented.most:
+        raise ConfigError(
+            f"--devices {devices.name!r}: there is no such slice; {kind} comes as {which}, up to {rented.most:,} chips."
+        )
 
 
 def hardware_of(device: jax.Device) -> Hardware | None:

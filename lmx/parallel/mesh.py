@@ -72,12 +72,12 @@ def _parse_entry(entry: str) -> tuple[str, dict[str, int]]:
     kind, colon, sizes = entry.partition(":")
     kind, known = kind.strip(), [*(hardware.name for hardware in HARDWARE), "any"]
     if not colon or kind not in known:
-        raise ConfigError(f"mesh.on: {entry!r} is not KIND: AXIS=SIZE, …{nearest(kind, known)}.")
+        raise ConfigError(f"mesh.on: {entry!r} is not KIND: AXIS=SIZE, …{nearest(kind, known)}")
     found = {}
     for part in sizes.split(","):
         axis, equals, size = (text.strip() for text in part.partition("="))
         if axis not in AXES or not equals or not size.removeprefix("-").isdecimal() or int(size) < -1 or int(size) == 0:
-            raise ConfigError(f"mesh.on: {part.strip()!r} of {entry!r} is not AXIS=SIZE{nearest(axis, AXES)}.")
+            raise ConfigError(f"mesh.on: {part.strip()!r} of {entry!r} is not AXIS=SIZE{nearest(axis, AXES)}")
         found[axis] = int(size)
     free = {} if -1 in found.values() else {"data": -1}
     return kind, dict.fromkeys(AXES, 1) | free | found

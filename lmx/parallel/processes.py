@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
 
     Raises:
       ConfigError: some of the three are given and others not, or they are out of range.
-      LmxError: the others were not there within five minutes.
+      LmxError: the processes cannot be brought together. Where the others do not come within five minutes, the process
+        ends with a message and status :data:`PEER_LOST`: the runtime cannot be told to stop waiting.
     """
     given = {"coordinator": coordinator, "num-processes": num_processes, "process-id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -196,22 +198,37 @@ def _is_lost_peer(error: Exception) -> bool:
 
 def _check_told(coordinator: str, num_processes: int, process_id: int) -> None:
     host, colon, port = coordinator.rpartition(":")
-    if not (host and colon and port.isdecimal()):
-        raise ConfigError(f"the coordinator is HOST:PORT of process 0, not {coordinator!r}.")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ConfigError(f"the coordinator is HOST:PORT of process 0, with a port up to 65535, not {coordinator!r}.")
     if not 0 <= process_id < num_processes:
         raise ConfigError(f"process id {process_id} is not one of {num_processes} processes, which count from 0.")
 
 
 def _initialize(**arguments) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    told = {name: value for name, value in arguments.items() if name != "local_device_ids"}
+    where = ", ".join(f"{name} {value}" for name, value in told.items()) or "found in the environment"
+
+    def message(reason: str) -> str:
+        return (
+            f"the processes of this run did not find each other ({where}): {reason}. Are all of them running, and can "
+            "they reach process 0's port?"
+        )
+
+    def give_up() -> None:  # JAX would abort the process a little later, with a trace of its C++ stack
+        print(f"error: {message(f'nobody came within {START_SECONDS} seconds')}", file=sys.stderr, flush=True)
+        os._exit(PEER_LOST)
+
+    print(f"waiting for the other processes ({where}), {START_SECONDS} seconds at most", file=sys.stderr, flush=True)
+    patience = threading.Timer(START_SECONDS, give_up)
+    patience.daemon = True
+    patience.start()
     try:
-        jax.distributed.initialize(initialization_timeout=START_SECONDS, **arguments)
+        jax.distributed.initialize(initialization_timeout=START_SECONDS + 60, **arguments)
     except (RuntimeError, ValueError) as error:
-        told = {name: value for name, value in arguments.items() if name != "local_device_ids"}
-        raise LmxError(
-            f"the processes of this run did not find each other ({told or 'found in the environment'}): "
-            f"{str(error).splitlines()[0]}. Are all of them running, and can they reach process 0's port?"
-        ) from error
+        raise LmxError(message(str(error).splitlines()[0])) from error
+    finally:
+        patience.cancel()
 
 
 def _on_a_tpu_machine() -> bool:

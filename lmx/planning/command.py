@@ -2,17 +2,17 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 from rich.console import Console
 
 from lmx.config import Config
-from lmx.errors import ConfigError, TrainingError
+from lmx.errors import TrainingError
+from lmx.paths import check_output
 from lmx.planning.plan import make_plan
 from lmx.planning.program import OUT_OF_MEMORY, as_it_runs
 from lmx.planning.search import describe, first_that_fits, remedies, search
-from lmx.planning.show import print_plan, print_shardings, verdict, write_html, write_json
+from lmx.planning.show import print_plan, print_shardings, seconds, verdict, write_html, write_json
 from lmx.planning.targets import HERE, open_target
 
 
@@ -36,17 +36,16 @@ def plan(
     Raises:
       LmxError: the config does not fit the devices, or the compiler for them fails.
     """
-    for path in filter(None, (json, html)):
-        if not Path(path).resolve().parent.is_dir():
-            raise ConfigError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it first.")
+    for path in (json, html):
+        check_output(path)
     target = open_target(devices)
     config, notes = as_it_runs(config)
     if ranked:
         with console.status("compiling mesh shapes …") as status:
             found = search(config, target, told=status.update)
         for number, one in enumerate(found, start=1):
-            seconds = f"{one.times.step:8.3f} s" if one.times and not one.program.error else " " * 10
-            console.print(f"{number:>3}. {seconds}  {verdict(one)}  {describe(one)}", highlight=False, soft_wrap=True)
+            step = seconds(one.times.step) if one.times and not one.program.error else ""
+            console.print(f"{number:>3}. {step:>8}  {verdict(one)}  {describe(one)}", highlight=False, soft_wrap=True)
     with console.status(f"{'estimating' if target.lacks else 'compiling'} for {devices} …"):
         chosen = found[0] if ranked and found else make_plan(config, target)
     print_plan(chosen, console, notes)
@@ -64,7 +63,7 @@ def plan(
     if shardings:
         print_shardings(chosen, console)
     if json:
-        write_json(json, chosen, extra)
+        write_json(json, chosen, extra, found if ranked else (), shardings)
     if html:
         write_html(html, chosen)
     for path in filter(None, (json, html)):

@@ -9,8 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lmx.parallel.sharding import moved_dimensions
 from lmx.planning.plan import Memory, Plan
 from lmx.planning.program import boxed_params
+from lmx.planning.search import describe
 from lmx.training.report import write_page
 from lmx.training.workdir import write_text
 
@@ -54,8 +56,15 @@ def rows_of(plan: Plan) -> list[dict]:
     return [{"name": name, "value": value, "unit": unit} for name, value, unit in rows]
 
 
-def write_json(path: str | Path, plan: Plan, extra: Sequence[dict] = ()) -> None:
-    """Writes the plan's rows, and ``extra`` ones, to a file."""
+def write_json(
+    path: str | Path, plan: Plan, extra: Sequence[dict] = (), ranking: Sequence[Plan] = (), shardings: bool = False
+) -> None:
+    """Writes the plan's rows, and ``extra`` ones, to a file.
+
+    Args:
+      ranking: plans that a search compared, the best first; their rows are in the file, too.
+      shardings: whether the place of every parameter is in it.
+    """
     limit = plan.times.limit if plan.times and not plan.program.error else None
     contents = {
         "target": plan.target.name,
@@ -63,6 +72,13 @@ def write_json(path: str | Path, plan: Plan, extra: Sequence[dict] = ()) -> None
         "limit": limit,
         "rows": [*rows_of(plan), *extra],
     }
+    if ranking:
+        contents["search"] = [{"flags": describe(one), "rows": rows_of(one)} for one in ranking]
+    if shardings:
+        contents["shardings"] = [
+            {"parameter": place, "dimensions": names, "shape": shape, "split_over": axes}
+            for place, names, shape, axes in boxed_params(plan.program.experiment)
+        ]
     write_text(Path(path), json.dumps(contents, indent=2) + "\n")
 
 
@@ -90,18 +106,20 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
     }
     for name, value in [*lines.items(), *(("note", note) for note in notes)]:
         console.print(f"[bold]{name:>13}[/]  {value}", highlight=False, soft_wrap=True)
+    for warning in moved_dimensions(experiment.abstract_params(), experiment.layout):
+        console.print(f"[yellow]{'sharding':>13}[/]  {warning}", highlight=False, soft_wrap=True)
     console.print(_memory_table(plan))
     if plan.collectives:
         console.print(_collective_table(plan))
     if times is not None and not plan.program.error:
         console.print(
-            f"[bold]{'a step':>13}[/]  at least {_seconds(times.step)}: matrix products {_seconds(times.matmul)}, "
-            f"memory {_seconds(times.memory)}, network {_seconds(times.network)}, pipeline idle {times.bubble:.1%}",
+            f"[bold]{'a step':>13}[/]  at least {seconds(times.step)}: matrix products {seconds(times.matmul)}, "
+            f"memory {seconds(times.memory)}, network {seconds(times.network)}, pipeline idle {times.bubble:.1%}",
             highlight=False,
             soft_wrap=True,
         )
         console.print(
-            f"[bold]{'bound':>13}[/]  {plan.utilization:.1%} of the peak, limited by {times.limit}; "
+            f"[bold]{'bound':>13}[/]  {plan.utilization:.1%} of the bfloat16 peak, limited by {times.limit}; "
             f"{plan.config.train.steps:,} steps take {plan.hours:,.1f} hours, "
             f"{plan.hours * experiment.mesh.size:,.0f} device-hours, or more",
             highlight=False,
@@ -252,5 +270,6 @@ def _number(value: float) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """A time in a unit that suits it."""
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"

@@ -105,6 +105,7 @@ def open_target(name: str) -> Target:
 
 def _tpu_devices(name: str) -> list[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs on a TPU here, so other plans may go on
     from jax.experimental import topologies
 
     # A v4 chip is one device on real machines; this compiler would have it as two, which no mesh is made of.

@@ -282,3 +282,21 @@ def test_shrunk_config_takes_a_step(name, variant, tmp_path):
         assert np.isfinite(gradient).all(), place
         if "['key']['bias']" not in place:  # the same for all keys, which softmax does not see
             assert np.abs(gradient).max() > 0, f"{place} has no part in the loss"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("v5e: fsdp=-1", ("v5e: fsdp=-1",)),
+        ("a b", ("a b",)),
+        ("a,b", ("a,b",)),
+        ("'a'", ("a",)),
+        ("('a', 'b')", ("a", "b")),
+        ("['a']", ("a",)),
+    ],
+)
+def test_one_text_of_several_needs_no_brackets(text, expected):
+    config = read_config_file(
+        str(Path(__file__).parents[2] / "experiments" / "quickstart.py"), [f"--config.mesh.on={text}"]
+    )
+    assert config.mesh.on == expected

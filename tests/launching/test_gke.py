@@ -133,3 +133,16 @@ def test_what_the_cluster_says_against_a_job_is_told(capsys, tmp_path, monkeypat
     fake(tmp_path / "bin", monkeypatch, kubectl='echo "jobsets is forbidden" >&2; exit 1')
     assert main(arguments("gke", "v5e:4x4", "--submit")) == 2
     assert "jobsets is forbidden" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--namespace", "no such NS!"], "--namespace 'no such NS!' is no name for Kubernetes"),
+        (["--queue", "Bad Queue"], "--queue 'Bad Queue' is no name"),
+        (["--mount", "gs://Bad_bucket!!:/more"], "--mount gs://Bad_bucket!!"),
+        (["--mount", "gs://bucket/folder:/more"], "a bucket's name"),
+    ],
+)
+def test_names_that_kubernetes_would_not_take(capsys, flags, message):
+    assert message in refused(capsys, "gke", "v5p:2x2x4", *flags)

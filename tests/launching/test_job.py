@@ -53,10 +53,8 @@ def test_machines_are_those_of_xpk():
     ("devices", "message"),
     [
         ("v5q:4x4", "did you mean 'v5p'"),
-        ("v5e:4x4x1", "topologies of v5e have 2 dimensions; write v5e:4x4"),
-        ("v5p:4x4", "topologies of v5p have 3 dimensions"),
-        ("v5p:1x4x4", "does not make whole machines"),
-        ("v5e:2x3", "does not make whole machines"),
+        ("v5e:4x4x1", "topologies of v5e have 2 dimensions, as in v5e:4x4"),
+        ("v5p:1x4x4", "there is no such slice; v5p comes as 2x2x1, and AxBxC"),
         ("h100:12", "comes in nodes of 8"),
         ("h100:64", "train.global_batch_size (16) does not divide over mesh data x fsdp x expert = 64"),
     ],

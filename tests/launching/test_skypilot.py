@@ -93,3 +93,10 @@ def test_sky_is_given_what_the_dry_run_shows(capsys, tmp_path, monkeypatch):
     shown, _ = launch(capsys, "skypilot", "h100:16", AWKWARD)
     _, said = launch(capsys, "skypilot", "h100:16", AWKWARD, "--submit")
     assert (tmp_path / "taken").read_text() == shown and "submitted: jobs launch --yes --detach-run" in said
+
+
+def test_what_is_sent_must_be_what_can_be_installed(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "there is no setup.py in it" in refused(capsys, "skypilot", "h100:8")
+    task, _ = launch(capsys, "skypilot", "h100:8", "--setup", "pip install lmx")
+    assert "pip install lmx" in task

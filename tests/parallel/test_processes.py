@@ -124,3 +124,28 @@ def test_a_process_that_the_runtime_aborts_says_what_to_do(tmp_path):
     ended = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60)
     assert ended.returncode == processes.PEER_LOST
     assert "process 1 of 3 lost another one of this run" in ended.stderr and "in runs/x;" in ended.stderr
+
+
+ALONE = """
+import socket, sys
+from lmx.parallel import processes
+
+processes.START_SECONDS = 2
+with socket.socket() as listener:
+    listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+processes.start(f"127.0.0.1:{port}", 2, 0)
+"""
+
+
+def test_a_process_that_nobody_joins_says_so_and_ends():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == processes.PEER_LOST
+    assert done.stderr.startswith("waiting for the other processes (coordinator_address 127.0.0.1:")
+    assert "did not find each other" in done.stderr and "within 2 seconds" in done.stderr
+
+
+@pytest.mark.parametrize("coordinator", ["localhost", "localhost:", ":80", "localhost:99999", "localhost:0"])
+def test_a_coordinator_is_a_host_and_a_port(coordinator):
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        processes.start(coordinator, 2, 0)

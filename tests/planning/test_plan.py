@@ -141,6 +141,21 @@ def test_a_run_that_does_not_fit_is_told_what_would():
     assert better.config == change.config and "--config." in str(change)
 
 
+def test_a_search_is_written_down(tmp_path, monkeypatch, plan):
+    monkeypatch.setattr("lmx.planning.command.search", lambda config, target, told: [plan, plan])
+    command = ["plan", "--config", str(ROOT / "experiments/gpt2.py:tiny"), "--search", *TINY]
+    assert main([*command, "--json", str(tmp_path / "plan.json")]) == 0
+    first, second = json.loads((tmp_path / "plan.json").read_text())["search"]
+    assert first == second and "--config.mesh.tensor=2" in first["flags"]
+    assert {row["name"]: row["value"] for row in first["rows"]}["mesh/tensor"] == 2
+
+
+def test_a_folder_is_no_file_to_write_and_is_refused_before_the_work(tmp_path, capsys):
+    assert main(["plan", "--config", str(ROOT / "experiments/gpt2.py:tiny"), "--json", str(tmp_path), *TINY]) == 2
+    output = capsys.readouterr()
+    assert "it is a folder" in output.err and not output.out
+
+
 @pytest.mark.slow
 def test_a_search_ranks_what_it_compiled():
     config = config_of("gpt2.py:tiny")
@@ -186,6 +201,12 @@ def test_every_mesh_that_is_tried_suits_the_sizes():
         ("v5p:64", "chips along each dimension"),
         ("h100:4x4", "'4x4' is not how many"),
         ("h100:12", "nodes of 8"),
+        ("v5p:4x4", "v5p have 3 dimensions"),
+        ("v5e:4x6", "no such slice; v5e comes as 1x1, 2x2, 2x4"),
+        ("v5e:32x32", "no such slice"),
+        ("v5p:8x4x4", "A <= B <= C"),
+        ("v4:4x6x8", "no such slice"),
+        ("v4:16x16x20", "up to 4,096 chips"),
     ],
 )
 def test_devices_that_there_are_not(devices, message):
@@ -198,6 +219,8 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     command = ["plan", "--config", str(ROOT / "experiments/gpt2.py:tiny"), "--shardings", *TINY]
     assert main([*command, "--config.mesh.tensor=2", "--json", str(json_file), "--html", str(page)]) == 0
     printed = capsys.readouterr().out
+    places = {one["parameter"]: one for one in json.loads(json_file.read_text())["shardings"]}
+    assert ["vocab", "embed"] == places["embeddings/tokens/table"]["dimensions"]
     rows = {row["name"]: row["value"] for row in json.loads(json_file.read_text())["rows"]}
     assert f"{rows['memory'] / 2**30:.3f}" in printed
     assert "embeddings/tokens/table" in printed and "tensor" in printed
