@@ -224,7 +224,7 @@ def param_shardings(boxed: Any, layout: Layout) -> Any:
     """
 
     def place(leaf: Any, names: P) -> NamedSharding:
-        return NamedSharding(layout.mesh, as_spec(layout.param_axes(_filled(names, leaf), leaf.shape)))
+        return NamedSharding(layout.mesh, as_spec(layout.param_axes(all_names(names, leaf), leaf.shape)))
 
     return jax.tree.map(place, nn.meta.unbox(boxed), nn.get_partition_spec(boxed))
 
@@ -278,7 +278,7 @@ def moved_dimensions(boxed: Any, layout: Layout) -> list[str]:
     found = []
     specs = jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, P))
     for (path, leaf), names in zip(jax.tree.leaves_with_path(nn.meta.unbox(boxed)), specs, strict=True):
-        names = _filled(names, leaf)
+        names = all_names(names, leaf)
         split = layout.param_axes(names, leaf.shape)
         where = {axis: name for name, axes in zip(names, split, strict=True) for axis in axes}
         for name, size in zip(names, leaf.shape, strict=True):
@@ -316,7 +316,7 @@ def _parse_rule(rule: str) -> tuple[str, tuple[str, ...]]:
     return name, places
 
 
-def _filled(names: P, leaf: Any) -> tuple[str | None, ...]:
+def all_names(names: P, leaf: Any) -> tuple[str | None, ...]:
     """A name or none for every dimension; a leaf without names has none at all."""
     return (*names, *[None] * (len(leaf.shape) - len(names)))
 

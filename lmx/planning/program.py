@@ -20,7 +20,7 @@ from lmx.objectives import make_objective
 from lmx.parallel.compile import check_strategy
 from lmx.parallel.mesh import split_batch
 from lmx.parallel.pipeline import check_pipeline
-from lmx.parallel.sharding import Layout, batch_sharding
+from lmx.parallel.sharding import Layout, all_names, batch_sharding
 from lmx.planning.targets import Target, quiet
 from lmx.text.corpora import open_source
 from lmx.text.pipeline import make_batches
@@ -164,7 +164,7 @@ def boxed_params(experiment: Experiment) -> list[tuple[str, tuple[str | None, ..
     specs = jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, jax.P))
     found = []
     for (path, leaf), names in zip(jax.tree.leaves_with_path(nn.meta.unbox(boxed)), specs, strict=True):
-        names = (*names, *[None] * (len(leaf.shape) - len(names)))
+        names = all_names(names, leaf)
         place = jax.tree_util.keystr(path, simple=True, separator="/")
         found.append((place, names, leaf.shape, layout.param_axes(names, leaf.shape)))
     return found

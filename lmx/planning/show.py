@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lmx.parallel.hardware import GIB
 from lmx.parallel.sharding import moved_dimensions
 from lmx.planning.plan import Memory, Plan
 from lmx.planning.program import boxed_params
@@ -16,7 +17,6 @@ from lmx.planning.search import describe
 from lmx.training.report import write_page
 from lmx.training.workdir import write_text
 
-GIB = 2**30
 COLORS = ("--series-0", "--series-1", "--series-2", "--series-3", "--faint", "--grid")
 BAR, CELL = 900, 16  # pixels
 
