@@ -102,9 +102,11 @@ class Stack(nn.Module):
     def _is_better_unrolled(self, length):
         """Whether the loop over layers is to be written out: on a CPU, loops copy what goes in and out of each turn.
 
-        Not where backward computes layers again: outside of a loop the compiler finds out, and keeps them.
+        Not where backward computes layers again: outside of a loop the compiler finds out, and keeps them. Nor to make
+        parameters, which is done once and would take longer to compile.
         """
-        return current_platform() in ("cpu", "gpu") and self.config.remat == "none" and length <= MOST_UNROLLED
+        few = length <= MOST_UNROLLED and not self.is_initializing()
+        return few and current_platform() in ("cpu", "gpu") and self.config.remat == "none"
 
     def _may_be_pipelined(self, context):
         """Whether nothing is asked for but the output: not when parameters are made, nor to decode or look inside."""

@@ -147,7 +147,7 @@ def make_plan(config: Config, target: Target) -> Plan:
     program = compile_program(config, target)
     experiment = program.experiment
     tokens, flops_per_token = tokens_and_flops(experiment)
-    parameters, kept = count_parts(experiment.abstract_params()), kept_activations(experiment, program.batch)
+    parameters, kept = count_parts(experiment.abstract_params), kept_activations(experiment, program.batch)
     memory = _memory(program, target, kept, parameters)
     collectives = []
     if program.compiled is not None:
@@ -188,7 +188,7 @@ def kept_activations(
     model = Transformer(config)
     rows = experiment.split.shards * experiment.split.rows_per_device
     part = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-    params = nn.meta.unbox(experiment.abstract_params())
+    params = nn.meta.unbox(experiment.abstract_params)
 
     def backward(params: Any, batch: Any) -> Any:
         def loss(params: Any) -> jax.Array:

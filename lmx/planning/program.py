@@ -160,7 +160,7 @@ def num_bytes(tree: PyTree) -> int:
 
 def boxed_params(experiment: Experiment) -> list[tuple[str, tuple[str | None, ...], tuple[int, ...], Any]]:
     """Every parameter: its name, the names of its dimensions, its shape, and the mesh axes of each dimension."""
-    boxed, layout = experiment.abstract_params(), experiment.layout
+    boxed, layout = experiment.abstract_params, experiment.layout
     specs = jax.tree.leaves(nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, jax.P))
     found = []
     for (path, leaf), names in zip(jax.tree.leaves_with_path(nn.meta.unbox(boxed)), specs, strict=True):

@@ -108,7 +108,7 @@ def ranked_meshes(config: Config, target: Target) -> list[dict[str, int]]:
     if not found:
         return []
     experiment = abstract_experiment(_changed(config, _mesh_fields(found[0])).config, target)
-    parameters, (tokens, flops) = count_parts(experiment.abstract_params()), tokens_and_flops(experiment)
+    parameters, (tokens, flops) = count_parts(experiment.abstract_params), tokens_and_flops(experiment)
     hardware = target.hardware
 
     def estimate(sizes: dict[str, int]) -> float:

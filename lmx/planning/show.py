@@ -106,7 +106,7 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
     }
     for name, value in [*lines.items(), *(("note", note) for note in notes)]:
         console.print(f"[bold]{name:>13}[/]  {value}", highlight=False, soft_wrap=True)
-    for warning in moved_dimensions(experiment.abstract_params(), experiment.layout):
+    for warning in moved_dimensions(experiment.abstract_params, experiment.layout):
         console.print(f"[yellow]{'sharding':>13}[/]  {warning}", highlight=False, soft_wrap=True)
     console.print(_memory_table(plan))
     if plan.collectives:

@@ -1,6 +1,7 @@
 """From a config to everything a run holds: text, tokenizer, objective, model, mesh. Nothing is written here."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,22 +71,23 @@ class Experiment:
         """Fresh parameters, boxed with the logical names of their axes."""
         return init_params(self.model, key)
 
+    @functools.cached_property
     def abstract_params(self) -> Any:
         """Shapes of all parameters, boxed like :meth:`init_params`; computes nothing."""
         return jax.eval_shape(self.init_params, jax.random.key(0))
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer for this model's parameters."""
-        shapes = nn.meta.unbox(self.abstract_params())
+        shapes = nn.meta.unbox(self.abstract_params)
         return make_optimizer(self.config.optimizer, self.config.train.steps, shapes, self.config.model.lora)
 
     def trainable(self) -> Any:
         """For each parameter whether it is trained."""
-        return trainable(self.config.optimizer, nn.meta.unbox(self.abstract_params()), self.config.model.lora)
+        return trainable(self.config.optimizer, nn.meta.unbox(self.abstract_params), self.config.model.lora)
 
     def num_params(self) -> tuple[int, int]:
         """Parameters in all, and those that are trained."""
-        params = nn.meta.unbox(self.abstract_params())
+        params = nn.meta.unbox(self.abstract_params)
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(self.trainable()), strict=True)
         return num_params(params), num_params([leaf for leaf, on in pairs if on])
 

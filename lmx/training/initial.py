@@ -41,7 +41,7 @@ class Resumed:
 
 def state_layout(experiment: Experiment) -> TrainState:
     """The training state as ``jax.ShapeDtypeStruct`` with the sharding of every leaf."""
-    boxed = experiment.abstract_params()
+    boxed = experiment.abstract_params
     shardings, params = param_shardings(boxed, experiment.layout), nn.meta.unbox(boxed)
     state = jax.eval_shape(lambda p: init_state(p, experiment.optimizer()), params)
     placed = like_params(state, params, shardings, experiment.mesh)
@@ -92,7 +92,7 @@ def check_init_from(experiment: Experiment) -> None:
         with Checkpoints(source, read_only=True) as checkpoints:
             saved = checkpoints.abstract_params()
         found = jax.eval_shape(lambda params: to_layout(params, model), saved)
-        _, fresh = _take_over(source, nn.meta.unbox(experiment.abstract_params()), found)
+        _, fresh = _take_over(source, nn.meta.unbox(experiment.abstract_params), found)
     _check_fresh(experiment, fresh)
 
 

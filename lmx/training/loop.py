@@ -368,5 +368,5 @@ def _print_header(experiment: Experiment, workdir: Path, console: Console) -> No
         console.print(f"[bold]{'samples':>11}[/]  none: they are written in runs of one process alone", highlight=False)
     for line in experiment.describe_data():
         console.print(f"[bold]{'data':>11}[/]  {line}", highlight=False)
-    for warning in moved_dimensions(experiment.abstract_params(), experiment.layout):
+    for warning in moved_dimensions(experiment.abstract_params, experiment.layout):
         console.print(f"[yellow]{'sharding':>11}[/]  {warning}", highlight=False)

@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -187,6 +188,20 @@ def _tensorboard(folder: Path, resume_step: int) -> Any:
     if importlib.util.find_spec("tensorboardX") is None:
         print("No TensorBoard files: the package tensorboardX is not installed (pip install tensorboardX).")
         return None
-    from tensorboardX import SummaryWriter
+    with _as_if_missing("torch"):  # tensorboardX imports it where it is installed, for seconds, to name a type
+        from tensorboardX import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+
+@contextlib.contextmanager
+def _as_if_missing(package: str) -> Iterator[None]:
+    """Importing ``package`` fails as if it were not installed, unless somebody has imported it already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None
+    try:
+        yield
+    finally:
+        del sys.modules[package]
