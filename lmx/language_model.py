@@ -19,9 +19,9 @@ from lmx.errors import LmxError
 from lmx.generation.generate import Draft, bucket, generate, pad_prompts
 from lmx.inputs import batch_of_ids, padded
 from lmx.loading import load_model
+from lmx.models.forms import for_decoding, is_quantized, quantize_params
 from lmx.models.heads import num_params
 from lmx.models.lora import merge_adapters
-from lmx.models.quantized import is_quantized, quantize_params
 from lmx.models.stack import unroll_params
 from lmx.models.transformer import Transformer
 from lmx.objectives import Objective, make_objective
@@ -164,6 +164,8 @@ class LanguageModel:
     ) -> str | list[str]:
         """Continues texts (decoder), or answers them (encoder-decoder).
 
+        On a CPU the first call makes a copy of the parameters that is faster to generate with, and keeps it.
+
         Args:
           prompts: a text, which gives a text, or several, which give a list.
           stop: a text ends before the first of these; so it does with the end-of-sequence token, or with any that a
@@ -194,8 +196,7 @@ class LanguageModel:
                 "the draft reads the prompt as other tokens than the model; it must have the same tokenizer."
             )
         answers = generate(
-            self.model,
-            self.params,
+            *self._decoding,
             ids,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -209,7 +210,7 @@ class LanguageModel:
             decoder_start_id=objective.start if isinstance(objective, EncoderDecoderObjective) else self._pad_id,
             bidirectional_prompt=isinstance(objective, PrefixLM),
             seed=seed,
-            draft=None if draft is None else Draft(draft.model, draft.params, draft_tokens),
+            draft=None if draft is None else Draft(*draft._decoding, draft_tokens),
             int8_cache=int8_cache,
         )
         if isinstance(objective, EncoderDecoderObjective):
@@ -297,6 +298,11 @@ class LanguageModel:
         if is_quantized(self.params):
             raise LmxError("this model's weights are in eight bits, which is for generating; save the one they are of.")
         save_model(self, Path(path), format, progress)
+
+    @functools.cached_property
+    def _decoding(self) -> tuple[Transformer, PyTree]:
+        """Model and parameters to generate with."""
+        return for_decoding(self.model, self.params)
 
     @property
     def _pad_id(self) -> int:

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import lmx
+from lmx import language_model
 from lmx.config import Config, from_dict
 from lmx.errors import CheckpointError, LmxError
 from lmx.generation.generate import pad_prompts
@@ -150,6 +151,16 @@ def test_greedy_text_follows_the_logits(objective):
     text = lm.generate(prompt, max_new_tokens=5)
     assert text == lm.tokenizer.decode(new)
     assert lm.generate([prompt, "c"], max_new_tokens=5)[0] == text
+
+
+def test_the_form_to_generate_with_is_made_once(monkeypatch):
+    made = []
+    form = language_model.for_decoding
+    monkeypatch.setattr(language_model, "for_decoding", lambda *of: made.append(of) or form(*of))
+    lm = dataclasses.replace(make())
+    assert lm.generate("ab", max_new_tokens=5) == lm.generate("ab", max_new_tokens=5) and len(made) == 1
+    other = dataclasses.replace(lm, params=jax.tree.map(lambda x: -x, lm.params))
+    assert other.generate("ab", max_new_tokens=5) != lm.generate("ab", max_new_tokens=5) and len(made) == 2
 
 
 def test_text_ends_before_a_stop_string():

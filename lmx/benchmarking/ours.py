@@ -22,6 +22,7 @@ from lmx.generation.generate import generate
 from lmx.interop.pretrained import load_params, open_checkpoint
 from lmx.interop.writing import save_pretrained
 from lmx.models.experts import expert_capacity
+from lmx.models.forms import for_decoding
 from lmx.parallel.sharding import put_batch
 from lmx.planning.program import abstract_batch, abstract_experiment
 from lmx.planning.targets import HERE, open_target
@@ -126,9 +127,10 @@ def _training(experiment: Experiment, state: Any, batch: dict[str, np.ndarray]) 
 
 def _generation(case: Case, experiment: Experiment, params: Any) -> Work:
     prompts = prompts_of(case)
+    model, params = for_decoding(experiment.model, params)  # as a LanguageModel does once
 
     def run(new_tokens: int = case.new_tokens) -> int:
-        found = generate(experiment.model, params, prompts, max_new_tokens=new_tokens)
+        found = generate(model, params, prompts, max_new_tokens=new_tokens)
         return sum(map(len, found))
 
     return Work(run, first_token=lambda: run(1))

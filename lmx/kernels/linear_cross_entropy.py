@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lmx.kernels.cross_entropy import cross_entropy_reference, scores, scores_and_gradient, vocab_is_split
 from lmx.kernels.int8 import Quantized, dense
+from lmx.kernels.products import product_by_rows
 from lmx.parallel.sharding import constrain, current_layout, current_platform
 
 # Most logits of a chunk on a device, 256 MiB; with fewer, products are smaller and gradients are summed more often. A
@@ -250,7 +251,10 @@ def _axes(tied):
 
 def _product(hidden, kernel, bias, tied):
     values = kernel.values.astype(hidden.dtype) if isinstance(kernel, Quantized) else kernel
-    logits = jnp.einsum(f"...e,{_axes(tied)}->...v", hidden, values, preferred_element_type=jnp.float32)
+    if tied:
+        logits = product_by_rows(hidden, values, "float32")
+    else:
+        logits = jnp.einsum("...e,ev->...v", hidden, values, preferred_element_type=jnp.float32)
     if isinstance(kernel, Quantized):
         logits *= kernel.scale.reshape(-1)
     return logits if bias is None else logits + bias

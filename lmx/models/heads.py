@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from lmx.kernels.int8 import Quantized
 from lmx.kernels.linear_cross_entropy import Unembedding
+from lmx.kernels.products import Turned
 from lmx.model_config import Model
 from lmx.models.feed_forward import activate
 from lmx.models.layers import Dropout, Norm, Projection, UnembeddingKernel
@@ -28,12 +29,16 @@ class VocabularyHead(nn.Module):
         config = self.config
         if config.scale_logits:
             hidden = hidden / math.sqrt(config.embed_dim)
-        kernel = table if config.tie_embeddings else UnembeddingKernel(config, name="output")()
+        kernel, tied = table, config.tie_embeddings
+        if not tied:
+            kernel = UnembeddingKernel(config, name="output")()
+        if isinstance(kernel, Turned):
+            kernel, tied = kernel.kernel, True
         bias = None
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
             bias = self.param("bias", init, (config.vocab_size,))
-        return Unembedding(hidden.astype(config.dtype), kernel, bias, tied=config.tie_embeddings)
+        return Unembedding(hidden.astype(config.dtype), kernel, bias, tied)
 
 
 class MaskedLMHead(nn.Module):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from lmx.kernels.dropout import dropout
 from lmx.kernels.int8 import Quantized, dense, quantize
-from lmx.kernels.products import product
+from lmx.kernels.products import Turned, product
 from lmx.model_config import Model
 from lmx.models.lora import has_adapter
 from lmx.parallel.sharding import gathered
@@ -76,7 +76,8 @@ class Projection(nn.Module):
         dtype = jnp.dtype(self.config.dtype)
         shape = x.shape[x.ndim - self.num_inputs :] + self.features
         init = kernel_init(self.config, self.num_inputs, scale=self.init_scale)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
+        kernel = kernel_of(self, nn.with_logical_partitioning(init, self.axes), shape)
+        offer_turned(self, kernel, self.num_inputs)
         offer_quantized(self, kernel, range(self.num_inputs))
         y = product(x.astype(dtype), kernel, self.num_inputs, self.config.products)
         y = checkpoint_name(y, PRODUCT)
@@ -90,7 +91,19 @@ class Projection(nn.Module):
         return y
 
 
-def offer_quantized(module: nn.Module, kernel: Array | Quantized, axes: Iterable[int]) -> None:
+def kernel_of(module: nn.Module, init: Callable, shape: tuple[int, ...]) -> Array | Quantized | Turned:
+    """The parameter "kernel", which may be turned: Flax would take it for one of a wrong shape."""
+    found = module.get_variable("params", "kernel")
+    return found if isinstance(found, Turned) else module.param("kernel", init, shape)
+
+
+def offer_turned(module: nn.Module, kernel: Array | Quantized | Turned, num_inputs: int) -> None:
+    """Puts a kernel with its outputs first into collection "turned", if that is asked for."""
+    if module.is_mutable_collection("turned") and not module.is_initializing():
+        module.put_variable("turned", "kernel", Turned.of(kernel, num_inputs))
+
+
+def offer_quantized(module: nn.Module, kernel: Array | Quantized | Turned, axes: Iterable[int]) -> None:
     """Puts a kernel in eight bits into collection "quantized", if that is asked for; ``axes`` are those summed over."""
     if module.is_mutable_collection("quantized") and not module.is_initializing():
         name = "kernel" if module.has_variable("params", "kernel") else "table"
@@ -103,15 +116,17 @@ class UnembeddingKernel(nn.Module):
     config: Model
 
     @nn.compact
-    def __call__(self) -> Float[Array, "embed vocab"] | Quantized:
+    def __call__(self) -> Float[Array, "embed vocab"] | Quantized | Turned:
         config, axes = self.config, ("embed", "vocab")
         shape = (config.embed_dim, config.vocab_size)
-        kernel = self.param("kernel", nn.with_logical_partitioning(kernel_init(config), axes), shape)
+        kernel = kernel_of(self, nn.with_logical_partitioning(kernel_init(config), axes), shape)
         offer_quantized(self, kernel, (0,))
         if has_adapter(config, self.path):
             down, up = adapter(self, shape, axes)
             kernel = dense(kernel, "float32") + config.lora.alpha / config.lora.rank * (down @ up)
-        if isinstance(kernel, Quantized):
+        else:
+            offer_turned(self, kernel, 1)
+        if isinstance(kernel, Quantized | Turned):
             return kernel
         return gathered(kernel.astype(config.dtype), (None, "vocab"), axes)
 
