@@ -2,8 +2,9 @@
 
     python benchmarks/shakespeare.py --text FILE [--steps 2000] [--repeats 1] [--json FILE]
 
-All of a run counts: starting Python, reading the text, compiling, 2,000 steps, and going through the whole held-out
-text before the first step and after each 250; what lmx writes as it goes (checkpoints, metrics, samples, a report) too.
+All of a run counts: starting Python, reading the text, compiling (no cache of programs knows any before the run),
+2,000 steps, and going through the whole held-out text before the first step and after each 250; what lmx writes as it
+goes (checkpoints, metrics, samples, a report) too.
 The loop is what one would write: a GPT-2 of transformers in the same sizes, with SDPA attention, the fused AdamW,
 random windows of the text, the same schedule of learning rates, eager and by torch.compile. Runs are processes of their
 own and take turns.
@@ -11,6 +12,7 @@ own and take turns.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = ("lmx", "eager", "compiled")
+CACHES = ("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")  # of compiled programs
 CONFIG = "experiments/shakespeare_char.py"
 
 
@@ -94,8 +97,9 @@ def timed(system: str, text: Path, steps: int) -> dict[str, float]:
         result = Path(folder) / "loss"
         command = [sys.executable, __file__, "--text", str(text), "--steps", str(steps)]
         command += ["--one", system, "--result", str(result)]
+        caches = {name: str(Path(folder) / name) for name in CACHES}
         start = time.perf_counter()
-        subprocess.run(command, check=True, cwd=ROOT)
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | caches)
         return {"seconds": time.perf_counter() - start, "loss": float(result.read_text())}
 
 

@@ -24,7 +24,7 @@ class Case:
       goal: how many times as fast as the best peer lmx is to be, at least.
       documents: what a row holds: "whole", one document; "padded", one that is shorter; "packed", several such.
       against: another case, whose time lmx's is compared with too; ``at_most`` that many times as long.
-      prompts, new_tokens: of generation; prompts have 64 tokens.
+      prompts, prompt_length, new_tokens: of generation: how many prompts, and tokens of each and after each.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Case:
     against: str = ""
     at_most: float | None = None
     prompts: int = 0
+    prompt_length: int = 64
     new_tokens: int = 0
 
 
@@ -85,7 +86,7 @@ def _cpu() -> list[Case]:
             "train switch base-shaped", "training", t5(switch, experts=8), ("lmx", "eager"), against=dense, at_most=1.25
         ),
     ]
-    decoder = gpt2(dataclasses.replace(base, layers=12))
+    decoder = gpt2(dataclasses.replace(base, layers=12, scan_layers=True))
     found += [
         Case(
             f"generate gpt2 124m, batch {rows}",
@@ -94,9 +95,10 @@ def _cpu() -> list[Case]:
             ("lmx", "eager"),
             goal,
             prompts=rows,
+            prompt_length=length,
             new_tokens=new,
         )
-        for rows, new, goal in ((1, 32, 2.0), (8, 16, 2.0), (64, 4, None))
+        for rows, length, new, goal in ((1, 64, 32, 2.0), (8, 64, 16, 2.0), (64, 16, 4, None))
     ]
     read = Case("input of bert small", "input", bert(dataclasses.replace(small, rows=32)), ("lmx", "eager"), None)
     return [*found, read, Case("load gpt2 124m", "loading", decoder, ("lmx", "eager"), None)]

@@ -18,7 +18,7 @@ from lmx.benchmarking.cases import PEERS, Case
 from lmx.errors import LmxError
 
 ROUNDS = (3, 15)  # fewest and most turns
-SECONDS = 12.0  # that the turns of one case may take, if the fewest do not take longer
+SECONDS = 8.0  # that the turns of one case may take, if the fewest do not take longer
 MATMULS = {"cpu": ((2048, "float32"),), "gpu": ((8192, "bfloat16"),)}  # sizes and types of the measured peak
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
-from rich.console import Console
 from safetensors.numpy import save_file
 
 from lmx.allocator import compute_on_main_thread
@@ -23,6 +23,8 @@ from lmx.interop.pretrained import load_params, open_checkpoint
 from lmx.interop.writing import save_pretrained
 from lmx.models.experts import expert_capacity
 from lmx.models.forms import for_decoding
+from lmx.models.stack import to_layout
+from lmx.models.transformer import Transformer, init_params
 from lmx.parallel.sharding import put_batch
 from lmx.planning.program import abstract_batch, abstract_experiment
 from lmx.planning.targets import HERE, open_target
@@ -30,9 +32,10 @@ from lmx.text.corpora import open_source
 from lmx.text.packing import token_store
 from lmx.text.pipeline import BATCHES_AHEAD
 from lmx.training.experiment import Experiment, record_fields
-from lmx.training.initial import initial_state
+from lmx.training.initial import state_layout
 from lmx.training.loop import compiled_train_step
 from lmx.training.profiling import SHOWN, STEPS, newest_trace, operation_costs
+from lmx.training.state import TrainState, init_state
 
 PROGRAM = "program.txt"  # of a profile: the compiled step
 compute_on_main_thread()
@@ -44,7 +47,7 @@ def prepare(case: Case, folder: Path) -> Callable[[], Work]:
     if case.kind == "input":
         _rows(experiment, folder)
         return functools.partial(_input, experiment)
-    state, _ = initial_state(experiment, experiment.optimizer(), None, Console(quiet=True))
+    state = _initial_state(experiment)
     save_pretrained(folder, _published(case.config), state.params, {})
     if case.kind == "training":
         shapes = {name: x.shape for name, x in abstract_batch(experiment).items()}
@@ -55,6 +58,16 @@ def prepare(case: Case, folder: Path) -> Callable[[], Work]:
         params = jax.tree.map(lambda x: x.astype(case.config.model.dtype), state.params)
         return functools.partial(_generation, case, experiment, params)
     return lambda: Work(lambda: _load(folder, experiment))
+
+
+def _initial_state(experiment: Experiment) -> TrainState:
+    """As a run has it; drawn with layers stacked, which compiles sooner, wherever the model has them apart."""
+    config = experiment.config
+    stacked = Transformer(dataclasses.replace(config.model, scan_layers=True))
+    params = jax.jit(lambda key: nn.meta.unbox(init_params(stacked, key)))(jax.random.key(config.seed))
+    shardings = jax.tree.map(lambda x: x.sharding, state_layout(experiment))
+    optimizer = experiment.optimizer()
+    return jax.jit(lambda p: init_state(to_layout(p, config.model), optimizer), out_shardings=shardings)(params)
 
 
 def profile(work: Work, folder: Path) -> dict[str, float]:

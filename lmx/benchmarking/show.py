@@ -13,7 +13,6 @@ from rich.markup import escape
 
 from lmx.benchmarking.cases import SYSTEMS
 from lmx.benchmarking.measure import Measured, Timing
-from lmx.benchmarking.work import PROMPT
 from lmx.planning.show import seconds
 from lmx.training.report import write_page
 
@@ -110,7 +109,8 @@ def print_table(results: Results, console: Console) -> None:
             if RESULTS[found.case.kind] == "tokens":
                 rate = f"{timing.result / timing.median:,.0f} tokens/s"
             if timing.first_token:
-                rate += f", first after {seconds(statistics.median(timing.first_token))}"
+                first = seconds(statistics.median(timing.first_token))
+                rate += f", the first {first} after a prompt of {found.case.prompt_length}"
             line(
                 system,
                 seconds(timing.median),
@@ -130,7 +130,7 @@ def print_table(results: Results, console: Console) -> None:
     console.print(
         f"\nratio: the time of the fastest other system by that of lmx, and the goal. MFU: FLOPs of the model's matrix "
         f"products (training is 3 x forward; lmx.models.flops) by time and by {results.peak / 1e9:,.0f} GFLOP/s, which "
-        f"is what a large matrix product reaches here. Prompts have {PROMPT} tokens.",
+        f"is what a large matrix product reaches here.",
         highlight=False,
     )
     for system, meaning in SYSTEMS.items():

@@ -7,7 +7,6 @@ import numpy as np
 
 from lmx.benchmarking.cases import Case
 
-PROMPT = 64  # tokens
 BATCHES = 50  # of a turn at the input
 BATCH = "batch.safetensors"  # beside the model, for those who come after
 
@@ -32,4 +31,4 @@ class Work:
 def prompts_of(case: Case) -> list[list[int]]:
     """The prompts of a generation case."""
     rng = np.random.default_rng(0)
-    return rng.integers(10, case.config.model.vocab_size, (case.prompts, PROMPT)).tolist()
+    return rng.integers(10, case.config.model.vocab_size, (case.prompts, case.prompt_length)).tolist()
