@@ -1,42 +1,55 @@
 """Several runs of `lmx bench` as one table in Markdown: the median of each time, of each ratio, and the ratio's range.
 
-python benchmarks/medians.py benchmarks/results/bench_cpu_*.json
+    python benchmarks/medians.py benchmarks/results/bench_cpu_*.json
+
+Runs on the same processor are taken together; each has columns of its own.
 """
 
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 PEERS = ("eager", "compiled")
+Run = dict[str, dict]  # rows by name
 
 
-def line(work: str, runs: list[dict[str, dict]]) -> str:
-    """A row of the table, of a piece of work that every run compared."""
-    ratios = [run[f"{work}: ratio"]["value"] for run in runs]
+def cells(work: str, runs: Sequence[Run]) -> str:
+    """Of a piece of work that was compared: lmx's time, the best peer's and the ratio; empty where it was not done."""
+    if not all(f"{work}: ratio" in run for run in runs):
+        return " | | "
     ours = statistics.median(run[f"{work}: lmx"]["value"] for run in runs)
     best = statistics.median(
         min(run[name]["value"] for peer in PEERS if (name := f"{work}: {peer}") in run) for run in runs
     )
-    return row(work, f"{ours:.3g} s", f"{best:.3g} s", ratios, runs[0][f"{work}: ratio"].get("goal"), "≥")
+    return f"{ours:.3g} s | {best:.3g} s | {told(f'{work}: ratio', runs)}"
 
 
-def row(work: str, ours: str, other: str, ratios: list[float], goal: float | None, sense: str) -> str:
-    """The cells of a row, joined."""
-    told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-    return f"| {work} | {ours} | {other} | {told} | {'' if goal is None else f'{sense} {goal:.3g}'} |"
+def told(name: str, runs: Sequence[Run]) -> str:
+    """The median of a ratio and its range."""
+    ratios = [run[name]["value"] for run in runs]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="what --json wrote")
-    runs = [{one["name"]: one for one in json.loads(path.read_text())["rows"]} for path in parser.parse_args().runs]
-    print("| work | lmx | best peer | ratio | goal |\n|---|---|---|---|---|")
-    for name, found in runs[0].items():
+    by_processor: dict[str, list[Run]] = {}
+    for path in parser.parse_args().runs:
+        found = json.loads(path.read_text())
+        by_processor.setdefault(found["machine"]["processor"], []).append({row["name"]: row for row in found["rows"]})
+    print(f"| work | {' | '.join(f'{name}: lmx | best peer | ratio' for name in by_processor)} | goal |")
+    print(f"|---|{'---|---|---|' * len(by_processor)}---|")
+    machines = by_processor.values()
+    rows = {name: row for runs in machines for name, row in runs[0].items()}
+    for name, row in rows.items():
+        goal = row.get("goal")
         if name.endswith(": ratio"):
-            print(line(name.removesuffix(": ratio"), runs))
-        elif " to " in name and found.get("goal"):
-            print(row(name, "", "", [run[name]["value"] for run in runs], found["goal"], "≤"))
+            work, least = name.removesuffix(": ratio"), "" if goal is None else f"≥ {goal:.3g}"
+            print(f"| {work} | {' | '.join(cells(work, runs) for runs in machines)} | {least} |")
+        elif " to " in name and goal:
+            print(f"| {name} | {' | '.join(f' | | {told(name, runs)}' for runs in machines)} | ≤ {goal:.3g} |")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 import ctypes
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 ACCELERATORS = ("libtpu", "jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin")
+MEMINFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")  # proc(5); the kernel's Control Group v2
 OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1)}  # of glibc's mallopt (malloc.h)
 
 
@@ -40,12 +42,20 @@ def give_freed_memory_back() -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes that the system could give to this process; none where it does not say so (elsewhere than on Linux)."""
+    """Bytes that this process can still have, by the machine and by its control group (a container's limit); none where
+    the system does not say so (elsewhere than on Linux)."""
+    machine = re.search(r"MemAvailable: *(\d+) kB", _read(MEMINFO))
+    limit, used = _read(CONTROL_GROUP / "memory.max").strip(), _read(CONTROL_GROUP / "memory.current").strip()
+    found = [1024 * int(machine[1])] if machine else []
+    found += [int(limit) - int(used)] if limit.isdigit() and used.isdigit() else []
+    return min(found, default=None)
+
+
+def _read(path: Path) -> str:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        return path.read_text()
     except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+        return ""
 
 
 def _of_glibc(name: str) -> Callable | None:

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from lmx.allocator import computes_on_cpu
+from lmx import allocator
+from lmx.allocator import available_memory, computes_on_cpu
 
 STEPS = """
 import resource, sys
@@ -74,3 +75,24 @@ def test_an_accelerator_is_left_alone(platforms, package, expected, monkeypatch)
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == package or None)
     assert computes_on_cpu() is expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "limit", "used", "expected"),
+    [
+        ("MemTotal: 99 kB\nMemAvailable:   40 kB\n", "max", "1024", 40 * 1024),
+        ("MemAvailable: 40 kB\n", "30720", "10240", 20 * 1024),
+        ("MemAvailable: 10 kB\n", "30720", "10240", 10 * 1024),
+        ("MemAvailable: 40 kB\n", None, None, 40 * 1024),
+        (None, None, None, None),
+    ],
+)
+def test_available_memory_is_what_the_machine_and_a_container_have(
+    machine, limit, used, expected, tmp_path, monkeypatch
+):
+    for name, text in {"meminfo": machine, "memory.max": limit, "memory.current": used}.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    monkeypatch.setattr(allocator, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(allocator, "CONTROL_GROUP", tmp_path)
+    assert available_memory() == expected

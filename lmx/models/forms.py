@@ -42,7 +42,7 @@ def for_decoding(model: Transformer, params: PyTree) -> tuple[Transformer, PyTre
     leaves = jax.tree.leaves(params)
     memory = available_memory()
     fits = memory is None or sum(leaf.nbytes for leaf in leaves) < memory
-    alone = all(len(leaf.devices()) == 1 for leaf in leaves)
+    alone = all(len(leaf.devices()) == 1 for leaf in leaves if isinstance(leaf, jax.Array))
     if not (jax.default_backend() == "cpu" and model.config.products == "dtype" and alone and fits):
         return model, params
     apart = Transformer(dataclasses.replace(model.config, scan_layers=False))
