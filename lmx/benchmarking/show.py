@@ -130,7 +130,7 @@ def print_table(results: Results, console: Console) -> None:
     console.print(
         f"\nratio: the time of the fastest other system by that of lmx, and the goal. MFU: FLOPs of the model's matrix "
         f"products (training is 3 x forward; lmx.models.flops) by time and by {results.peak / 1e9:,.0f} GFLOP/s, which "
-        f"is what a large matrix product reaches here.",
+        "is what a large matrix product reaches here.",
         highlight=False,
     )
     for system, meaning in SYSTEMS.items():

@@ -23,7 +23,7 @@ def quantize_params(model: Transformer, params: PyTree) -> PyTree:
 
     The modules that have them say which axes a scale is for, as they are called.
     """
-    return _in_form("quantized", model, params)
+    return _quantized(model, params)
 
 
 def is_quantized(params: PyTree) -> bool:
@@ -46,17 +46,24 @@ def for_decoding(model: Transformer, params: PyTree) -> tuple[Transformer, PyTre
     if not (jax.default_backend() == "cpu" and model.config.products == "dtype" and alone and fits):
         return model, params
     apart = Transformer(dataclasses.replace(model.config, scan_layers=False))
-    return apart, _in_form("turned", apart, unroll_params(params))
+    return apart, _turned(apart, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantized(model: Transformer, params: PyTree) -> PyTree:
+    return _in_form("quantized", model, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _turned(model: Transformer, params: PyTree) -> PyTree:
+    return _in_form("turned", model, unroll_params(params))
 
 
 def _in_form(form: str, model: Transformer, params: PyTree) -> PyTree:
+    """``params``, with what the modules offer in this form as they are called."""
     two = model.config.architecture == "encoder_decoder"
     names = ("encoder_tokens", "decoder_tokens") if two else ("tokens",)
-    return _offered(form, model, params, dict.fromkeys(names, jnp.zeros((1, 1), jnp.int32)))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _offered(form: str, model: Transformer, params: PyTree, batch: dict) -> PyTree:
+    batch = dict.fromkeys(names, jnp.zeros((1, 1), jnp.int32))
     _, found = model.apply({"params": params}, batch, mutable=[form])
     return _replaced(params, found[form])
 
