@@ -119,12 +119,15 @@ def _of_rows(decoding: Decoding, function: Callable[[Array, int], Array]) -> Dec
     def first(x):
         return None if x is None else function(x, 0)
 
+    def stored(x):  # [batch, kv_heads, slots, head_dim], stacked where layers are scanned
+        x = x if decoding.cache.has_rows else jnp.expand_dims(x, x.ndim - 3)
+        return function(x, x.ndim - 4)
+
     cache = decoding.cache.replace(segments=first(decoding.cache.segments), prefix=first(decoding.cache.prefix))
     return decoding.replace(
         cache=cache,
         padding=first(decoding.padding),
-        # [batch, slots, kv_heads, head_dim], stacked where layers are scanned
-        variables=jax.tree.map(lambda x: function(x, x.ndim - 4), decoding.variables),
+        variables=jax.tree.map(stored, decoding.variables),
         encoded=first(decoding.encoded),
         encoder_segments=first(decoding.encoder_segments),
     )

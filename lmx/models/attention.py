@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from lmx.kernels import attention as kernels
 from lmx.kernels.attention import Mask
-from lmx.kernels.int8 import quantize
+from lmx.kernels.int8 import Quantized, quantize
 from lmx.model_config import Model
 from lmx.models.layers import Norm, Projection, residual_scale
 from lmx.models.positions import rotate
@@ -31,6 +31,22 @@ class Cache:
     segments: Int[Array, "batch slots"]
     prefix: Int[Array, "batch slots"] | None = None
     int8: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether what is stored has an axis of rows. A single row has none: a product on a CPU drops such an axis, and
+        with that step between, XLA would make what it stores in place a second time, from a copy of all of it."""
+        return self.int8 or len(self.segments) > 1
+
+    def stored(self, x: Float[Array, "batch tokens kv_heads head_dim"]) -> Array | Quantized:
+        """Keys or values as they are stored, [batch, kv_heads, tokens, head_dim]: as the products of decoding read
+        them, which would otherwise turn all of the cache over for every token."""
+        x = _turned(quantize(x, (3,)) if self.int8 else x)
+        return x if self.has_rows else x[0]
+
+    def read(self, stored: Array | Quantized) -> Array | Quantized:
+        """The inverse of :meth:`stored`, but for the numbers' type."""
+        return _turned(stored if self.has_rows else stored[None])
 
 
 def attention_form(config: Model, rows: int, length: int, has_prefix: bool = False) -> kernels.Choice:
@@ -116,7 +132,7 @@ class Attention(nn.Module):
         """Keys and values of ``context``, or of all slots of the cache once ``context`` has joined what was there."""
         config = self.config
         if self.cross and self.has_variable("cache", "cached_key"):  # the encoder's output does not change
-            return tuple(_turned(self.get_variable("cache", name)) for name in ("cached_key", "cached_value"))
+            return tuple(cache.read(self.get_variable("cache", name)) for name in ("cached_key", "cached_value"))
         kv_heads = config.num_kv_heads or config.num_heads
         axes = ("embed", "kv_heads", "head_dim")
         bias = self._has_bias("qkv")
@@ -132,25 +148,21 @@ class Attention(nn.Module):
         return self._cached("cached_key", key, cache), self._cached("cached_value", value, cache)
 
     def _cached(self, name, new, cache):
-        """Stores what is new; returns what the queries read.
-
-        Stored as [batch, kv_heads, slots, head_dim]: as the products of decoding read it, which would otherwise turn
-        all of the cache over for every token.
-        """
-        kept = _turned(quantize(new, (3,)) if cache.int8 else new)
+        """Stores what is new; returns what the queries read."""
+        kept = cache.stored(new)
         if self.cross:
-            return _turned(self.variable("cache", name, lambda: kept).value)
+            return cache.read(self.variable("cache", name, lambda: kept).value)
         first, slots = 0 if cache.index is None else cache.index, cache.segments.shape[1]
 
         def empty(x):
-            return jnp.zeros((*x.shape[:2], slots, x.shape[3]), x.dtype)
+            return jnp.zeros((*x.shape[:-2], slots, x.shape[-1]), x.dtype)
 
         def put(into, x):
-            return jax.lax.dynamic_update_slice_in_dim(into, x, first, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(into, x, first, axis=x.ndim - 2)
 
         stored = self.variable("cache", name, lambda: jax.tree.map(empty, kept))
         stored.value = jax.tree.map(put, stored.value, kept)
-        return new if cache.index is None else _turned(stored.value)
+        return new if cache.index is None else cache.read(stored.value)
 
 
 def _turned(x):

@@ -1,6 +1,8 @@
 """Cached decoding against the full forward pass, and what `generate` promises about batches, padding and stops."""
 
 import functools
+import math
+import re
 
 import flax.linen as nn
 import jax
@@ -11,7 +13,7 @@ import pytest
 from lmx.config import Experts, Model
 from lmx.errors import LmxError
 from lmx.generation import decode
-from lmx.generation.decode import advance, prefill
+from lmx.generation.decode import Rules, advance, first, loop, prefill
 from lmx.generation.generate import _row_keys, bucket, generate, pad_prompts
 from lmx.generation.sampling import make_sampling
 from lmx.models.transformer import Transformer
@@ -231,3 +233,21 @@ def test_what_cannot_be_generated_is_said(fields, arguments, message):
 def test_no_prompts_give_no_rows():
     model, params = make()
     assert generate(model, params, [], max_new_tokens=2) == []
+
+
+@pytest.mark.parametrize(("rows", "int8"), [(1, False), (2, False), (1, True)])
+def test_the_loop_writes_into_the_cache_without_copying_it(rows, int8):
+    model, params = make(max_length=128, embed_dim=32, scan_layers=False)
+    tokens = jnp.ones((rows, 32), jnp.int32)
+    logits, decoding = prefill(model, params, tokens, tokens, new_slots=64, int8_cache=int8)
+    rules = Rules(make_sampling(), _row_keys(0, rows), jnp.zeros(0, jnp.int32), 0)
+    leaves, structure = jax.tree.flatten((first(logits, rules, 64), decoding))
+
+    def generated(leaves):
+        return loop.__wrapped__(model, params, *structure.unflatten(leaves), rules, jnp.int32(60))
+
+    program = jax.jit(generated, donate_argnums=0).lower(leaves).compile().as_text()
+    size = rows * 4 * 96 * 8  # heads, slots and their width
+    copied = re.findall(r"= (?:f32|s8)\[([\d,]+)\]\S* copy\(%?(?:get-tuple-element|copy)", program)
+    assert "dynamic-update-slice" in program
+    assert size not in [math.prod(map(int, shape.split(","))) for shape in copied]
