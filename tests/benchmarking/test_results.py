@@ -64,7 +64,7 @@ def test_the_table_and_the_page_show_goals_and_errors(tmp_path):
     )
     print_table(shown, console)
     text = console.export_text()
-    assert "11 tokens/s, first after 100 ms" in text  # 5.5 tokens in half a second
+    assert "11 tokens/s, the first 100 ms after a prompt of 64" in text  # 5.5 tokens in half a second
     assert "3.00 (≥ 2.0)" in text and "1.50 x the time of dense (at most 1.25: missed)" in text
     assert "ValueError: [no] such thing" in text and "75%" in text
     write_html(tmp_path / "page.html", results())
