@@ -16,10 +16,10 @@ from numpy.typing import ArrayLike
 
 from lmx.config import Config
 from lmx.errors import LmxError
+from lmx.generation.forms import for_decoding, is_quantized, quantize_params
 from lmx.generation.generate import Draft, bucket, generate, pad_prompts
 from lmx.inputs import batch_of_ids, padded
 from lmx.loading import load_model
-from lmx.models.forms import for_decoding, is_quantized, quantize_params
 from lmx.models.heads import num_params
 from lmx.models.lora import merge_adapters
 from lmx.models.stack import unroll_params

@@ -18,11 +18,11 @@ from lmx.benchmarking.batches import random_batch
 from lmx.benchmarking.cases import Case
 from lmx.benchmarking.work import BATCH, BATCHES, Work, prompts_of
 from lmx.config import Config, Model
+from lmx.generation.forms import for_decoding
 from lmx.generation.generate import generate
 from lmx.interop.pretrained import load_params, open_checkpoint
 from lmx.interop.writing import save_pretrained
 from lmx.models.experts import expert_capacity
-from lmx.models.forms import for_decoding
 from lmx.models.stack import to_layout
 from lmx.models.transformer import Transformer, init_params
 from lmx.parallel.sharding import put_batch

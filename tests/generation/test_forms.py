@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from lmx.config import Lora
+from lmx.generation import forms
 from lmx.generation.decode import prefill
+from lmx.generation.forms import for_decoding, quantize_params
 from lmx.generation.generate import generate, pad_prompts
 from lmx.kernels.products import Turned
-from lmx.models import forms
-from lmx.models.forms import for_decoding, quantize_params
 from lmx.models.heads import num_params
 from tests.generation.test_decode import PROMPTS, make
 from tests.generation.test_int8 import KINDS

@@ -7,10 +7,10 @@ import pytest
 
 from lmx.config import Experts
 from lmx.generation.decode import prefill
+from lmx.generation.forms import is_quantized, quantize_params
 from lmx.generation.generate import generate, pad_prompts
 from lmx.kernels.int8 import Quantized, quantize
 from lmx.kernels.products import product
-from lmx.models.forms import is_quantized, quantize_params
 from lmx.models.heads import num_params
 from tests.generation.test_decode import NEW, PROMPTS, _advance, make
 
