@@ -1,8 +1,8 @@
-"""Several runs of `lmx bench` as one table in Markdown: the median of each time, of each ratio, and the ratio's range.
+"""Several runs of `lmx bench` as one table in Markdown: the median of each ratio, their range, and lmx's median time.
 
     python benchmarks/medians.py benchmarks/results/bench_cpu_*.json
 
-Runs on the same processor are taken together; each has columns of its own.
+Runs on the same processor are taken together; each has a column of its own.
 """
 
 import argparse
@@ -11,19 +11,15 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-PEERS = ("eager", "compiled")
 Run = dict[str, dict]  # rows by name
 
 
-def cells(work: str, runs: Sequence[Run]) -> str:
-    """Of a piece of work that was compared: lmx's time, the best peer's and the ratio; empty where it was not done."""
+def cell(work: str, runs: Sequence[Run]) -> str:
+    """Of a piece of work that was compared: the ratio and lmx's time; empty where it was not done."""
     if not all(f"{work}: ratio" in run for run in runs):
-        return " | | "
+        return ""
     ours = statistics.median(run[f"{work}: lmx"]["value"] for run in runs)
-    best = statistics.median(
-        min(run[name]["value"] for peer in PEERS if (name := f"{work}: {peer}") in run) for run in runs
-    )
-    return f"{ours:.3g} s | {best:.3g} s | {told(f'{work}: ratio', runs)}"
+    return f"{told(f'{work}: ratio', runs)}, {ours:.3g} s"
 
 
 def told(name: str, runs: Sequence[Run]) -> str:
@@ -39,17 +35,16 @@ def main() -> None:
     for path in parser.parse_args().runs:
         found = json.loads(path.read_text())
         by_processor.setdefault(found["machine"]["processor"], []).append({row["name"]: row for row in found["rows"]})
-    print(f"| work | {' | '.join(f'{name}: lmx | best peer | ratio' for name in by_processor)} | goal |")
-    print(f"|---|{'---|---|---|' * len(by_processor)}---|")
+    print(f"| work | goal | {' | '.join(by_processor)} |\n|---|---|{'---|' * len(by_processor)}")
     machines = by_processor.values()
     rows = {name: row for runs in machines for name, row in runs[0].items()}
     for name, row in rows.items():
         goal = row.get("goal")
         if name.endswith(": ratio"):
             work, least = name.removesuffix(": ratio"), "" if goal is None else f"≥ {goal:.3g}"
-            print(f"| {work} | {' | '.join(cells(work, runs) for runs in machines)} | {least} |")
+            print(f"| {work} | {least} | {' | '.join(cell(work, runs) for runs in machines)} |")
         elif " to " in name and goal:
-            print(f"| {name} | {' | '.join(f' | | {told(name, runs)}' for runs in machines)} | ≤ {goal:.3g} |")
+            print(f"| {name} | ≤ {goal:.3g} | {' | '.join(told(name, runs) for runs in machines)} |")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from lmx.planning.show import seconds
 from lmx.training.report import write_page
 
 MIB = 2**20
+# The widest that a processor has comes first: what clouds sell under one name may differ in it, and twice in speed.
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}
 # What a case's first turn gave.
 RESULTS = {"training": "nats", "generation": "tokens", "input": "tokens", "loading": ""}
 
@@ -88,8 +90,10 @@ class Results:
 
 def machine(versions: dict[str, str]) -> dict[str, str]:
     """What the figures belong to: the processor, the system, and versions."""
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in _cpuinfo())}
+    processor = fields.get("model name") or platform.processor() or platform.machine()
+    flags = fields.get("flags", "").split()
+    processor = ", ".join([processor, *(name for flag, name in VECTORS.items() if flag in flags)][:2])
     return {"processor": processor, "python": platform.python_version(), "system": platform.platform(), **versions}
 
 

@@ -30,7 +30,8 @@ def plain_attention(
     if isinstance(value, Quantized):  # the scales are of weights then: values are only converted as they are read
         weights, value = weights * _by_key(value.scale), value.values
     weights, value = weights.astype(query.dtype), value.astype(query.dtype)
-    return jnp.einsum("bkgqs,bskd->bqkgd", weights, value).reshape(query.shape)
+    output = jnp.einsum("bkgqs,bskd->bkgqd", weights, value)
+    return output.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
 def attention_weights(
@@ -47,8 +48,9 @@ def attention_weights(
     batch, queries, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     grouped = (query * jnp.asarray(scale, query.dtype)).reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    grouped = grouped.transpose(0, 2, 3, 1, 4)  # not left to einsum: it would put the larger factor first, turned over
     values = key.values if isinstance(key, Quantized) else key
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, values.astype(query.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkgqd,bskd->bkgqs", grouped, values.astype(query.dtype), preferred_element_type=jnp.float32)
     if isinstance(key, Quantized):
         scores *= _by_key(key.scale)
     if bias is not None:
