@@ -79,7 +79,7 @@ def probabilities(logits: Float[Array, "*batch vocab"], sampling: Sampling) -> F
     """The distribution that a token is drawn from; all of it on the likeliest where that is taken always."""
     logits, shape = with_tokens(logits, sampling).reshape(-1, logits.shape[-1]), logits.shape
     if sampling.temperature is None:
-        return jax.nn.one_hot(logits.argmax(-1), shape[-1]).reshape(shape)
+        return jax.nn.one_hot(likeliest(logits), shape[-1]).reshape(shape)
     return jax.nn.softmax(filtered_logits(logits, sampling), axis=-1).reshape(shape)
 
 
@@ -90,11 +90,21 @@ def with_tokens(logits: Float[Array, "*batch vocab"], sampling: Sampling) -> Flo
     return jnp.where(jnp.arange(logits.shape[-1]) < sampling.vocab_size, logits, -jnp.inf)
 
 
+def likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
+    """The id of each row's largest logit, the first of several; some id where logits are not numbers.
+
+    Two passes over the logits: a CPU does one that carries value and id along, as ``argmax`` is, several times slower.
+    """
+    last = logits.shape[-1] - 1
+    is_top = logits == logits.max(-1, keepdims=True)
+    return jnp.where(is_top, jnp.arange(last + 1, dtype=jnp.int32), last).min(-1)
+
+
 def choose(
     logits: Float[Array, "batch vocab"], sampling: Sampling, rngs: Key[Array, " batch"] | None
 ) -> Int[Array, " batch"]:
     """A token a row, the likeliest or a random one; ``rngs`` is a key a row and is not read when greedy."""
     logits = with_tokens(logits, sampling)
     if sampling.temperature is None:
-        return logits.argmax(-1).astype(jnp.int32)
+        return likeliest(logits)
     return jax.vmap(jax.random.categorical)(rngs, filtered_logits(logits, sampling)).astype(jnp.int32)

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from lmx.errors import LmxError
-from lmx.generation.sampling import Sampling, choose, filtered_logits, keep_top_k, keep_top_p, make_sampling
+from lmx.generation.sampling import (
+    Sampling,
+    choose,
+    filtered_logits,
+    keep_top_k,
+    keep_top_p,
+    likeliest,
+    make_sampling,
+)
 
 PROBABILITIES = np.array([0.1, 0.4, 0.2, 0.3], np.float32)
 
@@ -52,6 +60,15 @@ def test_temperature_divides_before_the_filters():
 
 def test_greedy_takes_the_likeliest_and_needs_no_key():
     assert choose(jnp.array([[1.0, 3.0, 2.0], [5.0, 3.0, 2.0]]), make_sampling(0.0), None).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_likeliest_is_the_first_of_the_largest(dtype):
+    logits = jax.random.normal(jax.random.key(0), (20, 1000)).round().astype(dtype)  # so that there are several
+    logits = logits.at[0].set(-jnp.inf).at[1, 7:].set(-jnp.inf)
+    assert (np.asarray(logits) == np.asarray(logits.max(-1, keepdims=True))).sum() > 1050
+    np.testing.assert_array_equal(likeliest(logits), np.argmax(np.asarray(logits, np.float32), axis=-1))
+    assert likeliest(jnp.full((1, 5), jnp.nan, dtype)) < 5
 
 
 def test_frequencies_are_those_of_the_filtered_distribution():
