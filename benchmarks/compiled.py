@@ -10,6 +10,7 @@ holds already is not compiled again.
 
 import argparse
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -20,6 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lmx.benchmarking.cases import Case, cases
+from lmx.config import Config
+from lmx.kernels.linear_cross_entropy import GPU_VOCAB
+from lmx.objectives.mlm import num_chosen
 from lmx.planning.program import compile_program
 from lmx.planning.targets import open_target
 
@@ -41,12 +45,24 @@ def compiled(case: Case, devices: str, attention: str) -> dict:
         "seconds": program.seconds,
         "temporaries": program.compiled.memory_analysis().temp_size_in_bytes if program.compiled else None,
         "calls": {name: len(re.findall(call, text)) for name, call in CALLS.items()},
-        "squares": squares(text, config.data.length, config.model.vocab_size),
+        "squares": large_buffers(text, case.config),
     }
 
 
-def squares(text: str, length: int, vocab: int) -> list[str]:
-    """The buffers of [length, length] and of [length, vocab] in a program, in whatever order and type."""
+def large_buffers(text: str, config: Config) -> list[str]:
+    """The buffers of [length, length], and those of all logits of a device's rows, in a program.
+
+    In whatever order and type: logits are what has an axis of the vocabulary, padded or not, and at least as many
+    numbers as all of them; so that a gradient of the table, which has fewer, is none.
+    """
+    lengths = {config.data.length}
+    predicted = config.data.length
+    if config.model.architecture == "encoder_decoder":
+        lengths.add(predicted := config.data.target_length)
+    if config.objective.name == "mlm":
+        predicted = num_chosen(config.data.length, config.objective.mask_rate)
+    vocab = config.model.vocab_size
+    logits = config.train.global_batch_size * predicted * vocab
     found = set()
     fused = False
     for line in text.splitlines():
@@ -56,7 +72,9 @@ def squares(text: str, length: int, vocab: int) -> list[str]:
         if fused or not shape:
             continue
         sizes = [int(size) for size in shape[2].split(",")]
-        if sizes.count(length) >= 2 or (length in sizes and vocab in sizes):
+        is_square = sum(size in lengths for size in sizes) >= 2 and math.prod(sizes) >= config.data.length**2
+        has_vocab = any(vocab <= size < vocab + GPU_VOCAB for size in sizes)
+        if is_square or (has_vocab and math.prod(sizes) >= logits):
             found.add(f"{shape[1]}[{shape[2]}]")
     return sorted(found)
 

@@ -16,14 +16,14 @@ Run = dict[str, dict]  # rows by name
 
 def cell(work: str, runs: Sequence[Run]) -> str:
     """Of a piece of work that was compared: the ratio and lmx's time; empty where it was not done."""
-    if not all(f"{work}: ratio" in run for run in runs):
-        return ""
-    ours = statistics.median(run[f"{work}: lmx"]["value"] for run in runs)
-    return f"{told(f'{work}: ratio', runs)}, {ours:.3g} s"
+    ratio = told(f"{work}: ratio", runs)
+    return ratio and f"{ratio}, {statistics.median(run[f'{work}: lmx']['value'] for run in runs):.3g} s"
 
 
 def told(name: str, runs: Sequence[Run]) -> str:
-    """The median of a ratio and its range."""
+    """The median of a ratio and its range; empty where it was not measured."""
+    if not all(name in run for run in runs):
+        return ""
     ratios = [run[name]["value"] for run in runs]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 

@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    stack.MOST_UNROLLED = 0  # layers are a loop under every policy, as they are on accelerators
     rows = []
     for remat in ("none", *stack.REMAT_POLICIES):
         size = peak(remat, args.rows, args.length)

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+import lmx
 from lmx.allocator import compute_on_main_thread
 from lmx.benchmarking.batches import random_batch
 from lmx.benchmarking.cases import Case
@@ -119,7 +122,17 @@ def about() -> dict[str, str]:
     """What would have to be the same for the figures to be."""
     device = jax.devices()[0]
     cores = str(len(os.sched_getaffinity(0)))
-    return {"platform": device.platform, "device": device.device_kind, "cores": cores, "jax": jax.__version__}
+    versions = {"lmx": _version(), "jax": jax.__version__}
+    return {"platform": device.platform, "device": device.device_kind, "cores": cores} | versions
+
+
+def _version() -> str:
+    """Of lmx, and the commit where it is a checkout."""
+    root = Path(lmx.__file__).parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return lmx.__version__
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    return f"{lmx.__version__} {subprocess.run(command, capture_output=True, text=True).stdout.strip()}".strip()
 
 
 def _training(experiment: Experiment, state: Any, batch: dict[str, np.ndarray]) -> Work:

@@ -73,6 +73,8 @@ class Results:
                     )
                 if (part := self.utilization(found, timing)) is not None:
                     rows.append({"name": f"{name}: {system}, MFU", "value": part, "unit": ""})
+                    if system == "lmx" and found.case.utilization:
+                        rows[-1]["goal"] = found.case.utilization
             rows += [{"name": f"{name}: {system}", "value": None, "unit": why} for system, why in found.errors.items()]
             if found.ratio is not None:
                 rows.append({"name": f"{name}: ratio", "value": found.ratio, "unit": "", "ratio": found.ratio})
@@ -101,7 +103,7 @@ def print_table(results: Results, console: Console) -> None:
     """Prints every case, a line a system; the fastest peer is what lmx's ratio is over."""
 
     def line(*texts: str) -> None:
-        widths = (10, 10, 6, 14, 6, 12, 10, 0)
+        widths = (10, 10, 6, 14, 12, 12, 10, 0)
         cells = (text.ljust(width) for text, width in zip(texts, widths, strict=True))
         console.print("  " + " ".join(cells).rstrip(), highlight=False, soft_wrap=True)
 
@@ -120,7 +122,7 @@ def print_table(results: Results, console: Console) -> None:
                 seconds(timing.median),
                 f"{timing.spread:.0%}",
                 _ratio(found) if system == "lmx" else "",
-                "" if part is None else f"{part:.0%}",
+                "" if part is None else f"{part:.0%}" + (_least(found) if system == "lmx" else ""),
                 "" if timing.peak is None else f"{timing.peak / MIB:,.0f} MiB",
                 seconds(timing.ready),
                 rate,
@@ -168,6 +170,11 @@ def _ratio(found: Measured) -> str:
     if found.ratio is None:
         return ""
     return f"{found.ratio:.2f}" if found.case.goal is None else f"{found.ratio:.2f} (≥ {found.case.goal})"
+
+
+def _least(found: Measured) -> str:
+    least = found.case.utilization
+    return f" (≥ {least:.0%})" if least else ""
 
 
 def _cpuinfo() -> Sequence[str]:

@@ -129,7 +129,8 @@ class Chunks:
 
     @classmethod
     def of(cls, batch: int, length: int, vocab_size: int, limit: int) -> "Chunks":
-        """As few chunks as keep a device's logits of one within ``limit``."""
+        """As few chunks as keep a device's logits of one within ``limit``, but never one of more than
+        :data:`CHUNK_LOGITS`."""
         layout = current_layout()
         shards = (1, 1, 1)
         if layout is not None:
@@ -139,6 +140,7 @@ class Chunks:
         own_length = -(-length // shards[1])
         own_logits = batch // row_shards * -(-vocab_size // shards[2])  # of one place of each row
         count = -(-own_length // max(1, limit // own_logits))
+        count = max(count, 2 if own_length * own_logits > CHUNK_LOGITS else 1)
         places = -(-own_length // count)  # about as many in each chunk, so that little is padding
         return cls(batch, length, row_shards, shards[1], -(-own_length // places), places)
 

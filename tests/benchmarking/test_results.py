@@ -18,8 +18,8 @@ def timing(*seconds, **more):
     return Timing(**{"seconds": list(seconds), "first_token": [], "result": 5.5, "ready": 3.0, "peak": 2e9} | more)
 
 
-def measured(name, ours, goal=1.0, against="", at_most=None, **theirs):
-    case = Case(name, "training", CONFIG, goal=goal, against=against, at_most=at_most)
+def measured(name, ours, goal=1.0, against="", at_most=None, utilization=None, **theirs):
+    case = Case(name, "training", CONFIG, goal=goal, utilization=utilization, against=against, at_most=at_most)
     timings = {"lmx": timing(*ours, flops=3e9)} | {system: timing(*times) for system, times in theirs.items()}
     return Measured(case, timings, {})
 
@@ -40,7 +40,9 @@ def results():
     found = Results("cpu", {"processor": "one", "jax": "0"}, peak=4e9)
     found.measured = [
         measured("dense", (1.0, 1.0, 1.0)),
-        measured("sparse", (1.5, 1.5, 1.5), goal=2.0, against="dense", at_most=1.25, eager=(4.5, 4.5, 4.5)),
+        measured(
+            "sparse", (1.5, 1.5, 1.5), goal=2.0, against="dense", at_most=1.25, utilization=0.4, eager=(4.5, 4.5, 4.5)
+        ),
         Measured(Case("broken", "loading", CONFIG), {}, {"eager": "ValueError: [no] such thing"}),
     ]
     return found
@@ -51,7 +53,8 @@ def test_rows_tell_value_unit_ratio_and_goal():
     assert rows["sparse: eager"]["value"] == 4.5 and rows["sparse: eager"]["unit"] == "s"
     assert rows["sparse: ratio"]["ratio"] == 3.0 and rows["sparse: ratio"]["goal"] == 2.0
     assert rows["sparse to dense"]["ratio"] == 1.5 and rows["sparse to dense"]["goal"] == 1.25
-    assert rows["sparse: lmx, MFU"]["value"] == 3e9 / 1.5 / 4e9
+    assert rows["sparse: lmx, MFU"]["value"] == 3e9 / 1.5 / 4e9 and rows["sparse: lmx, MFU"]["goal"] == 0.4
+    assert "goal" not in rows["dense: lmx, MFU"] and "goal" not in rows["sparse: eager, MFU"]
     assert rows["sparse: eager, MFU"]["value"] == 3e9 / 4.5 / 4e9  # the same work
     assert rows["broken: eager"]["value"] is None
 

@@ -1,5 +1,6 @@
 """Every form of attention, and its gradients, against the formula in float64; Pallas's kernel is interpreted here."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from lmx.kernels.attention.blockwise import blockwise_attention
 from lmx.kernels.attention.pallas import pallas_attention
 from lmx.kernels.attention.plain import plain_attention
 from lmx.kernels.dropout import stream_factors, stream_words
+from lmx.kernels.int8 import quantize
 from lmx.parallel.sharding import Layout, use_layout
 from tests.kernels.attention_reference import by_formula, draw
 
@@ -190,3 +192,16 @@ def test_nothing_as_large_as_the_square_of_the_length_is_held(form):
     square = 4 * 1024 * 1024
     assert temporaries(loss) < square
     assert temporaries(lambda q, k, v, b: plain_attention(q, k, v, problem.mask, bias=b).sum()) > square
+
+
+@settings(max_examples=10, deadline=None)
+@given(PROBLEMS, st.integers(0, 99))
+def test_keys_and_values_in_eight_bits_are_read_as_what_they_stand_for(sizes, seed):
+    problem = draw(np.random.default_rng(seed), **sizes)
+    query, key, value, bias = problem.arrays()
+    kept = [quantize(x, (3,)) for x in (key, value)]
+    key, value = (np.float64(x.dense("float32")) for x in kept)
+    exact = dataclasses.replace(problem, key=key, value=value)
+    found = plain_attention(query, *kept, problem.mask, scale=problem.scale, window=problem.window, bias=bias)
+    seen = np.asarray(problem.mask.allowed(problem.window)).any(-1)[:, :, None, None]
+    np.testing.assert_allclose(np.where(seen, found, 0), by_formula(exact)[0], rtol=0, atol=2e-5)

@@ -85,19 +85,22 @@ def test_equals_the_definition_whatever_the_shapes_and_chunks(examples):
         scores, gradients = with_gradients(
             linear_cross_entropy, head, targets, weights, factor=-3.0, chunk_logits=chunk, **options
         )
+        reference, by_reference = with_gradients(
+            linear_cross_entropy_reference, head, targets, weights, factor=-3.0, **options
+        )
         alone = linear_cross_entropy(head, targets, weights, chunk_logits=chunk, **options)
         with as_for("gpu"):
             also, more = with_gradients(
                 linear_cross_entropy, head, targets, weights, factor=-3.0, chunk_logits=50 * chunk, **options
             )
-        for found in (scores, alone, also):
+        for found in (scores, alone, also, reference):
             np.testing.assert_allclose(found.loss, loss, rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(found.nll, nll, rtol=1e-5, atol=1e-5)
             if found is not also:  # a CPU computes tiny products again in there, and rounds them otherwise
                 np.testing.assert_array_equal(found.right, right)
-        for found, other, wanted in zip(gradients, more, expected, strict=False):
-            np.testing.assert_allclose(found, -3.0 * wanted, rtol=1e-4, atol=1e-4)
-            np.testing.assert_allclose(other, -3.0 * wanted, rtol=1e-4, atol=1e-4)
+        for *all_found, wanted in zip(gradients, more, by_reference, expected, strict=False):
+            for found in all_found:
+                np.testing.assert_allclose(found, -3.0 * wanted, rtol=1e-4, atol=1e-4)
 
     check()
 
@@ -136,6 +139,12 @@ def test_the_program_never_holds_all_logits(gradient):
     assert whole.memory_analysis().temp_size_in_bytes >= all_logits
     assert ours.memory_analysis().temp_size_in_bytes <= all_logits / 4
     assert "f32[4,64,1000]" in whole.as_text() and "f32[4,64,1000]" not in ours.as_text()
+
+
+def test_a_chunk_is_never_all_of_a_large_batch(monkeypatch):
+    monkeypatch.setattr(last_layer, "CHUNK_LOGITS", 4 * 8 * 100)
+    assert last_layer.Chunks.of(4, 8, 100, limit=10**6).count == 1
+    assert last_layer.Chunks.of(4, 8, 101, limit=10**6).count == 2
 
 
 def test_a_frozen_kernel_gets_no_gradient_and_no_work():

@@ -32,6 +32,15 @@ def test_equals_the_definition_turned_or_not(examples):
             found = product(x, form, len(inputs))
             assert found.dtype == x.dtype
             np.testing.assert_allclose(np.float64(found), expected, **tolerance)
+        if not eight_bits:
+            weights = rng.standard_normal(expected.shape)
+            total = jax.grad(lambda x, kernel: jnp.sum(weights * product(x, kernel, len(inputs))), (0, 1))
+            axes = tuple(range(len(rows))), tuple(range(len(inputs), kernel.ndim))
+            for_x = np.tensordot(weights, np.float64(kernel), (range(len(rows), weights.ndim), axes[1]))
+            for_kernel = np.tensordot(np.float64(x), weights, (axes[0], axes[0]))
+            for found, wanted in zip(total(x, kernel), (for_x, for_kernel), strict=True):
+                assert found.dtype == x.dtype
+                np.testing.assert_allclose(np.float64(found), wanted, **tolerance)
 
     check()
 

@@ -5,6 +5,7 @@ import pytest
 
 from lmx.errors import ConfigError
 from lmx.objectives import make_objective
+from lmx.objectives.mlm import gather_predictions
 
 from .stubs import BOS, EOS, MASK, Letters, Oracle, batch, config, corpus, init, no_sample, rng, row
 
@@ -195,3 +196,21 @@ def test_a_tokenizer_without_a_mask_is_refused():
 def test_no_room_for_a_pair_is_refused():
     with pytest.raises(ConfigError, match="data.length of at least 5"):
         next_sentence_objective(4)
+
+
+def test_predictions_are_gathered_by_weight_and_their_gradient_goes_back_there():
+    generator = np.random.default_rng(0)
+    weights = np.array([[0.0, 2.0, 0.0, 1.0, 0.0], [3.0, 0.0, 0.0, 0.0, 1.0]])
+    values, factors = generator.standard_normal((2, 5, 3)), generator.standard_normal((2, 2, 3))
+
+    def total(x):
+        found_weights, found = gather_predictions(jnp.asarray(weights), 2, x)
+        return jnp.sum(factors * found), (found_weights, found)
+
+    gradient, (found_weights, found) = jax.grad(total, has_aux=True)(jnp.asarray(values, jnp.float32))
+    places = np.array([[1, 3], [0, 4]])
+    expected = np.zeros_like(values)
+    expected[np.arange(2)[:, None], places] = factors
+    np.testing.assert_array_equal(found_weights, [[2.0, 1.0], [3.0, 1.0]])
+    np.testing.assert_allclose(found, values[np.arange(2)[:, None], places], rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
