@@ -71,13 +71,13 @@ def cases(suite: str, platform: str) -> list[Case]:
 def _cpu() -> list[Case]:
     small, base = Size(4, 256, 8, 128, scan_layers=False), Size(4, 768, 4, 128, scan_layers=False)
     found = []
+    # Compiling takes PyTorch so long that of the larger ones only GPT-2 is, which gains by it; the others gain at most 2 %.
     for name, size, systems in (("small", small, ("lmx", *PEERS)), ("base-shaped", base, ("lmx", "eager"))):
-        goals = {"systems": systems}
         found += [
-            Case(f"train gpt2 {name}", "training", gpt2(size), **goals),
-            Case(f"train bert {name} padded", "training", bert(size), documents="padded", **goals),
-            Case(f"train bert {name} packed", "training", bert(size), documents="packed", **goals),
-            Case(f"train t5 {name}", "training", t5(size), **goals),
+            Case(f"train gpt2 {name}", "training", gpt2(size)),
+            Case(f"train bert {name} padded", "training", bert(size), systems, documents="padded"),
+            Case(f"train bert {name} packed", "training", bert(size), systems, documents="packed"),
+            Case(f"train t5 {name}", "training", t5(size), systems),
         ]
     switch, dense = dataclasses.replace(base, layers=2), "train t5 of switch's shape"
     small_switch = dataclasses.replace(small, layers=2)

@@ -82,7 +82,8 @@ def compile_step(step: Callable, strategy: str, layout: Layout, shardings: Any, 
       strategy: jit, pmap or pjit.
       layout: the devices, and what goes where.
       shardings: where each leaf of the state lies.
-      updates: whether a new state comes back; the old one's memory is then reused for it.
+      updates: whether a new state comes back; the old one's memory is then reused for it (not by pmap, which gives
+        every device a copy of one state).
 
     Returns:
       A function of the state and of a global batch that lies on the mesh (:func:`lmx.parallel.sharding.put_batch`).
