@@ -71,7 +71,7 @@ def cases(suite: str, platform: str) -> list[Case]:
 def _cpu() -> list[Case]:
     small, base = Size(4, 256, 8, 128, scan_layers=False), Size(4, 768, 4, 128, scan_layers=False)
     found = []
-    # Compiling takes PyTorch so long that of the larger ones only GPT-2 is, which gains by it; the others gain at most 2 %.
+    # PyTorch compiles for so long that of the larger ones only GPT-2 is compiled; the others gain at most 2 % by it.
     for name, size, systems in (("small", small, ("lmx", *PEERS)), ("base-shaped", base, ("lmx", "eager"))):
         found += [
             Case(f"train gpt2 {name}", "training", gpt2(size)),
