@@ -24,6 +24,45 @@ from lmx.models.feed_forward import activate, is_gated
 from lmx.models.layers import PRODUCT, Dropout, Projection, kernel_init, offer_quantized, residual_scale
 from lmx.parallel.sharding import constrain, current_layout, current_platform
 
+NAMES = {
+    "slots": "through as many slots of each expert as its capacity",
+    "groups": "sorted by expert and multiplied in groups",
+    "every": "every expert computes every token",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertForm:
+    """How tokens reach their experts.
+
+    Attributes:
+      name: slots, groups or every.
+      reason: why they are not in groups, where nothing limits an expert's capacity and they could be.
+    """
+
+    name: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return NAMES[self.name] + (f" ({self.reason})" if self.reason else "")
+
+
+def expert_form(config: Model, train: bool = True) -> ExpertForm:
+    """The form that a model's experts have on the current layout's devices, in training or else."""
+    experts = config.experts
+    if experts.capacity or (experts.capacity_factor if train else experts.eval_capacity_factor):
+        return ExpertForm("slots")
+    layout = current_layout()
+    if current_platform() not in ("gpu", "tpu"):
+        return ExpertForm(
+            "every", f"for products in groups a {current_platform()} goes through all groups for all rows"
+        )
+    if layout is not None and layout.mesh.size > 1:
+        return ExpertForm("every", f"no group is split over {layout.mesh.size} devices")
+    if config.products != "dtype":
+        return ExpertForm("every", f"model.products={config.products!r} has no products in groups")
+    return ExpertForm("groups")
+
 
 @struct.dataclass
 class Routing:
@@ -153,9 +192,10 @@ class SwitchFeedForward(nn.Module):
         routing = self._route(x, segments, capacity, train)
         dtype = jnp.dtype(config.dtype)
         x, gates = x.astype(dtype), routing.gates.astype(dtype)
-        if capacity:
+        form = expert_form(config, train).name
+        if form == "slots":
             return self._through_slots(x, gates, routing, capacity, train)
-        if config.products == "dtype" and _has_grouped_products():
+        if form == "groups":
             return self._grouped(x, gates, routing.chosen, train)
         every = jnp.broadcast_to(x[:, None], (x.shape[0], config.experts.num_experts, *x.shape[1:]))
         return jnp.einsum("blx,bxle->ble", gates, self._experts(every, train))
@@ -227,10 +267,3 @@ class SwitchFeedForward(nn.Module):
 
     def _sow(self, name, value):
         self.sow("experts", name, value, init_fn=lambda: 0.0, reduce_fn=lambda _, new: new)
-
-
-def _has_grouped_products() -> bool:
-    """Whether rows can be multiplied in groups of unequal size: on a CPU that goes through all groups for all rows, and
-    no group is split over devices."""
-    layout = current_layout()
-    return current_platform() in ("gpu", "tpu") and (layout is None or layout.mesh.size == 1)

@@ -101,9 +101,8 @@ def print_plan(plan: Plan, console: Console, notes: Sequence[str] = ()) -> None:
         "FLOPs a token": f"{plan.flops_per_token:.3e} forward, {3 * plan.flops_per_token:.3e} training (a multiply-add "
         "is two; of causal attention the half that is seen; lookups in embeddings nothing)",
         "batch": f"{plan.tokens:,} tokens; {experiment.split}",
-        "attention": "; ".join(map(str, experiment.attention_forms())),
-        "compiled": f"in {plan.program.seconds:.1f} s" if not plan.target.lacks else _not_compiled(plan),
-    }
+    } | experiment.forms()
+    lines["compiled"] = f"in {plan.program.seconds:.1f} s" if not plan.target.lacks else _not_compiled(plan)
     for name, value in [*lines.items(), *(("note", note) for note in notes)]:
         console.print(f"[bold]{name:>13}[/]  {value}", highlight=False, soft_wrap=True)
     for warning in moved_dimensions(experiment.abstract_params, experiment.layout):

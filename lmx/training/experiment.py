@@ -19,6 +19,7 @@ from lmx.interop.pretrained import is_pretrained
 from lmx.kernels import eight_bits
 from lmx.kernels.attention import Choice
 from lmx.models.attention import attention_form
+from lmx.models.experts import expert_form
 from lmx.models.flops import forward_flops
 from lmx.models.heads import num_params
 from lmx.models.transformer import Transformer, init_params
@@ -103,6 +104,14 @@ class Experiment:
             has_prefix = self.config.objective.name == "prefix_lm"
             forms = [attention_form(self.config.model, rows, length, has_prefix) for length in stacks.values()]
         return list(dict.fromkeys(forms))
+
+    def forms(self) -> dict[str, str]:
+        """What was chosen for the devices, for a header: forms of attention, and that of experts if there are any."""
+        lines = {"attention": "; ".join(map(str, self.attention_forms()))}
+        if self.config.model.experts.num_experts:
+            with use_layout(self.layout):
+                lines["experts"] = str(expert_form(self.config.model))
+        return lines
 
     def row_tokens_and_flops(self) -> tuple[int, float]:
         """Tokens of a row, of both stacks where there are two, and FLOPs of its forward pass."""
@@ -269,7 +278,7 @@ def _with_body(config: Config, workdir: Path, console: Console) -> Config:
     folder = _init_folder(source)
     if not is_pretrained(folder):
         return config
-    console.print(f"[bold]model[/] of {source} (the body that config.model describes is not used)")
+    console.print(f"[bold]model[/] of {source} (the body that config.model describes is not used)", soft_wrap=True)
     return body_of(config, folder)
 
 
@@ -289,7 +298,7 @@ def _tokenizer(config: Config, workdir: Path, console: Console) -> Any:
         return load_tokenizer(workdir / "tokenizer")
     if config.train.init_from:
         source = _init_folder(config.train.init_from)
-        console.print(f"[bold]tokenizer[/] of {config.train.init_from} (config.tokenizer is not used)")
+        console.print(f"[bold]tokenizer[/] of {config.train.init_from} (config.tokenizer is not used)", soft_wrap=True)
         return PublishedTokenizer.open(source) if is_pretrained(source) else load_tokenizer(source / "tokenizer")
     if "prepared:" in config.data.train:
         sources = open_source(config.data.train, record_fields(config)).sources

@@ -61,7 +61,7 @@ def initial_state(
     saved = checkpoints.restore_newest(layout, tell) if checkpoints is not None else None
     if saved is not None:
         state, position, meta = saved
-        console.print(f"[bold]resumed[/] at step {meta['step']:,} from {checkpoints.folder}")
+        console.print(f"[bold]resumed[/] at step {meta['step']:,} from {checkpoints.folder}", soft_wrap=True)
         return state, Resumed(position, meta.get("pending", []))
 
     shardings = jax.tree.map(lambda x: x.sharding, layout)
@@ -72,7 +72,9 @@ def initial_state(
     # 2. Another run's parameters, with fresh heads where its own don't fit.
     if config.train.init_from:
         params, fresh = _taken_over(config, params, experiment.layout)
-        console.print(f"[bold]started[/] from {config.train.init_from}; fresh: {', '.join(fresh) or 'nothing'}")
+        console.print(
+            f"[bold]started[/] from {config.train.init_from}; fresh: {', '.join(fresh) or 'nothing'}", soft_wrap=True
+        )
 
     # 3. Scratch.
     with use_layout(experiment.layout):

@@ -149,11 +149,14 @@ class _Run:
         """Trains until something ends it; returns what did."""
         train = self.config.train
         if self.step >= train.steps:
-            self.console.print(f"[bold green]complete[/]: {self.workdir} has done all of its {train.steps:,} steps")
+            self.console.print(
+                f"[bold green]complete[/]: {self.workdir} has done all of its {train.steps:,} steps", soft_wrap=True
+            )
             return "complete"
         if self._converged():
             self.console.print(
-                f"[bold green]converged[/]: {self.workdir} stopped early, as train.early_stop_evals asks"
+                f"[bold green]converged[/]: {self.workdir} stopped early, as train.early_stop_evals asks",
+                soft_wrap=True,
             )
             return "converged"
         with Progress(self.console, train.steps, self.step) as progress:
@@ -185,9 +188,11 @@ class _Run:
         self.checkpoints.wait()
         if jax.process_index() == 0:
             report = write_report(self.workdir)
-            self.console.print(f"[bold]{ended}[/] at step {self.step:,}; report: {report}")
+            self.console.print(f"[bold]{ended}[/] at step {self.step:,}; report: {report}", soft_wrap=True)
         if ended.startswith("SIG"):
-            self.console.print("Everything up to this step is saved; run the same command again to go on.")
+            self.console.print(
+                "Everything up to this step is saved; run the same command again to go on.", soft_wrap=True
+            )
         return Result(self.step, self.latest, ended)
 
     def _converged(self) -> bool:
@@ -354,19 +359,18 @@ def _print_header(experiment: Experiment, workdir: Path, console: Console) -> No
     number = f"{total:,} parameters" + (f" ({trained:,} of them trained)" if trained < total else "")
     device = mesh.devices.flat[0]
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    lines = {
-        "workdir": str(workdir),
-        "model": f"{number}, {config.model.architecture}, objective {config.objective.name}",
-        "vocabulary": f"{config.model.vocab_size:,} ({type(experiment.tokenizer).__name__})",
-        "devices": f"{mesh.size} x {device.device_kind} ({axes}), strategy {config.train.strategy}",
-        "batch": str(experiment.split),
-        "attention": "; ".join(map(str, experiment.attention_forms())),
-    }
-    for name, value in lines.items():
-        console.print(f"[bold]{name:>11}[/]  {value}", highlight=False)
+    lines = [
+        ("workdir", str(workdir)),
+        ("model", f"{number}, {config.model.architecture}, objective {config.objective.name}"),
+        ("vocabulary", f"{config.model.vocab_size:,} ({type(experiment.tokenizer).__name__})"),
+        ("devices", f"{mesh.size} x {device.device_kind} ({axes}), strategy {config.train.strategy}"),
+        ("batch", str(experiment.split)),
+        *experiment.forms().items(),
+    ]
     if jax.process_count() > 1 and sample_prompt(experiment):
-        console.print(f"[bold]{'samples':>11}[/]  none: they are written in runs of one process alone", highlight=False)
-    for line in experiment.describe_data():
-        console.print(f"[bold]{'data':>11}[/]  {line}", highlight=False)
+        lines.append(("samples", "none: they are written in runs of one process alone"))
+    lines += [("data", line) for line in experiment.describe_data()]
+    for name, value in lines:
+        console.print(f"[bold]{name:>11}[/]  {value}", highlight=False, soft_wrap=True)
     for warning in moved_dimensions(experiment.abstract_params, experiment.layout):
-        console.print(f"[yellow]{'sharding':>11}[/]  {warning}", highlight=False)
+        console.print(f"[yellow]{'sharding':>11}[/]  {warning}", highlight=False, soft_wrap=True)

@@ -71,7 +71,7 @@ class Profiler:
         total = sum(costs.values())
         self._console.print(f"[bold]profile[/] of {STEPS} steps: {self._folder}", highlight=False, soft_wrap=True)
         if not total:
-            self._console.print("  the trace tells of no operation of the step", highlight=False)
+            self._console.print("  the trace tells of no operation of the step", highlight=False, soft_wrap=True)
         for name, seconds in costs.most_common(SHOWN):
             line = f"  {1e3 * seconds / STEPS:9.2f} ms a step  {seconds / total:4.0%}  {name}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -68,7 +68,7 @@ class Progress:
 
     def _print(self, line: str) -> None:
         self._printed = time.monotonic()
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def tell_reader(console: Console, sentence: str) -> None:

@@ -1,15 +1,18 @@
 """The Switch layer against the paper's equations in plain loops."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmx.config import Experts
+from lmx.config import Experts, Mesh
 from lmx.models import experts
-from lmx.models.experts import SwitchFeedForward, expert_capacity, route
+from lmx.models.experts import SwitchFeedForward, expert_capacity, expert_form, route
 from lmx.models.feed_forward import FeedForward
+from lmx.parallel.sharding import Layout, use_layout
 from tests.models.reference import randomized, small, softmax
 
 BATCH, LENGTH, EXPERTS, EMBED = 3, 10, 4, 8
@@ -95,6 +98,22 @@ def test_products_in_groups_are_those_of_every_expert(activation, monkeypatch):
     for a, b in zip(jax.tree.leaves(groups), jax.tree.leaves(every), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(module.apply(quantized, x, segments), rounded, rtol=1e-4, atol=1e-5)
+
+
+def test_the_form_of_experts_is_told_with_the_reason(monkeypatch):
+    def told(factor=0.0, **model):
+        config = layer(experts={"capacity_factor": factor})[0].config
+        return str(expert_form(dataclasses.replace(config, **model)))
+
+    assert told(1.25) == "through as many slots of each expert as its capacity"
+    assert told() == (
+        "every expert computes every token (for products in groups a cpu goes through all groups for all rows)"
+    )
+    monkeypatch.setattr(experts, "current_platform", lambda: "gpu")
+    assert told() == "sorted by expert and multiplied in groups"
+    assert told(products="int8").endswith("(model.products='int8' has no products in groups)")
+    with use_layout(Layout.of(Mesh(data=2), jax.devices()[:2])):
+        assert told().endswith("(no group is split over 2 devices)")
 
 
 def quantize_kernels(module, params, x, segments):
