@@ -198,9 +198,9 @@ def test_top_k_of_one_is_greedy():
 def test_lengths_within_a_bucket_share_one_program():
     model, params = make(position="rotary", max_length=17)
     generate(model, params, [[1] * 5], max_new_tokens=5)
-    compiled = prefill._cache_size()
+    compiled = [function._cache_size() for function in (prefill, first, loop)]
     generate(model, params, [[2] * 8], max_new_tokens=7)
-    assert prefill._cache_size() == compiled
+    assert [function._cache_size() for function in (prefill, first, loop)] == compiled
     assert [bucket(n) for n in (1, 2, 3, 9, 64, 65, 128, 129)] == [1, 2, 4, 16, 64, 128, 128, 192]
 
 
@@ -251,3 +251,12 @@ def test_the_loop_writes_into_the_cache_without_copying_it(rows, int8):
     copied = re.findall(r"= (?:f32|s8)\[([\d,]+)\]\S* copy\(%?(?:get-tuple-element|copy)", program)
     assert "dynamic-update-slice" in program
     assert size not in [math.prod(map(int, shape.split(","))) for shape in copied]
+
+
+def test_the_loop_takes_the_memory_of_what_it_is_given():
+    model, params = make(max_length=128)
+    tokens = jnp.ones((2, 32), jnp.int32)
+    logits, decoding = prefill(model, params, tokens, tokens, new_slots=64)
+    rules = Rules(make_sampling(), _row_keys(0, 2), jnp.zeros(0, jnp.int32), 0)
+    loop(model, params, first(logits, rules, 64), decoding, rules, jnp.int32(2))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(decoding.variables))
