@@ -1,4 +1,4 @@
-"""The training steps of `lmx bench --suite gpu`, compiled for cards that are not here: what their programs hold.
+"""The training steps of `lmx bench --suite gpu` that have a goal, compiled for cards that are not here: what is in them.
 
     python -m benchmarks.compiled [--devices v5p:2x2x1 …] [--only TEXT] [--json FILE]
 
@@ -86,7 +86,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     steps = json.loads(args.json.read_text())["steps"] if args.json and args.json.is_file() else {}
-    training = [case for case in cases("gpu", "gpu") if case.kind == "training" and args.only in case.name]
+    steps_with_goals = [
+        case for case in cases("gpu", "gpu") if case.kind == "training" and (case.goal or case.utilization)
+    ]
+    training = [case for case in steps_with_goals if args.only in case.name]
     table = Table("step", "devices", "attention", "temporaries, MiB", "with plain", "ratio", "large buffers")
     for devices in args.devices:
         for case in training:

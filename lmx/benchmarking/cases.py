@@ -24,7 +24,7 @@ class Case:
       goal: how many times as fast as the best peer lmx is to be, at least.
       utilization: the part of the measured peak of matrix products that lmx is to reach, at least.
       documents: what a row holds: "whole", one document; "padded", one that is shorter; "packed", several such.
-      against: another case, whose time lmx's is compared with too; ``at_most`` that many times as long.
+      against: another case, whose time lmx's is compared with too; ``at_most`` that many times as long, if it says.
       prompts, prompt_length, new_tokens: of generation: how many prompts, and tokens of each and after each.
     """
 
@@ -109,7 +109,9 @@ def _cpu() -> list[Case]:
 def _gpu() -> list[Case]:
     half = "bfloat16"
     medium, long = Size(12, 768, 16, 1024, half), Size(12, 768, 32, 512, half)
+    small = Size(6, 512, 32, 512, half)
     large = gpt2(Size(48, 1600, 8, 1024, half), heads=25, remat="dots_no_batch")
+    no_goal = {"systems": ("lmx", "eager"), "goal": None}
     generated = [
         Case(f"generate gpt2 124m, batch {rows}", "generation", gpt2(medium), goal=goal, prompts=rows, new_tokens=128)
         for rows, goal in ((64, 3.0), (8, None), (1, None))
@@ -119,10 +121,21 @@ def _gpu() -> list[Case]:
         Case("train bert base packed", "training", bert(long), documents="packed", goal=1.3),
         generated[0],
         Case("train t5 base", "training", t5(long), goal=1.2, utilization=0.4),
-        Case("train gpt2 1558m", "training", large, ("lmx", "eager"), goal=None, utilization=0.6),
-        Case("train switch base 8", "training", t5(long, experts=8), ("lmx", "eager"), goal=1.2, utilization=0.4),
+        Case("train gpt2 1558m", "training", large, utilization=0.6, **no_goal),
+        Case(
+            "train switch base 8",
+            "training",
+            t5(long, experts=8),
+            ("lmx", "eager"),
+            goal=1.2,
+            utilization=0.4,
+            against="train t5 base",
+        ),
         Case("train bert base padded", "training", bert(long), documents="padded"),
         *generated[1:],
+        Case("train bert small packed", "training", bert(small), documents="packed", **no_goal),
+        Case("train t5 small", "training", t5(small), **no_goal),
+        Case("train switch small 8", "training", t5(small, experts=8), against="train t5 small", **no_goal),
         Case("input of bert base", "input", bert(long), ("lmx", "eager"), None),
         Case("load gpt2 124m", "loading", gpt2(medium), ("lmx", "eager"), None),
     ]

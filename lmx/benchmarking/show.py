@@ -130,9 +130,9 @@ def print_table(results: Results, console: Console) -> None:
         for system, why in found.errors.items():
             console.print(f"  {system}: {why[:200]}", style="red", highlight=False, markup=False, soft_wrap=True)
         if (longer := results.against(found)) is not None:
-            goal = found.case.at_most
-            met = "met" if longer <= goal else "missed"
-            console.print(f"  {longer:.2f} x the time of {found.case.against} (at most {goal}: {met})", highlight=False)
+            most = found.case.at_most
+            goal = f" (at most {most}: {'met' if longer <= most else 'missed'})" if most else ""
+            console.print(f"  {longer:.2f} x the time of {found.case.against}{goal}", highlight=False)
     console.print(
         f"\nratio: the time of the fastest other system by that of lmx, and the goal. MFU: FLOPs of the model's matrix "
         f"products (training is 3 x forward; lmx.models.flops) by time and by {results.peak / 1e9:,.0f} GFLOP/s, which "

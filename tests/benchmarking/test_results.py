@@ -43,6 +43,7 @@ def results():
         measured(
             "sparse", (1.5, 1.5, 1.5), goal=2.0, against="dense", at_most=1.25, utilization=0.4, eager=(4.5, 4.5, 4.5)
         ),
+        measured("sparser", (1.6, 1.6, 1.6), goal=None, against="dense", eager=(1.6, 1.6, 1.6)),
         Measured(Case("broken", "loading", CONFIG), {}, {"eager": "ValueError: [no] such thing"}),
     ]
     return found
@@ -69,6 +70,7 @@ def test_the_table_and_the_page_show_goals_and_errors(tmp_path):
     text = console.export_text()
     assert "11 tokens/s, the first 100 ms after a prompt of 64" in text  # 5.5 tokens in half a second
     assert "3.00 (≥ 2.0)" in text and "1.50 x the time of dense (at most 1.25: missed)" in text
+    assert "1.60 x the time of dense\n" in text and "(≥ 40%)" in text
     assert "ValueError: [no] such thing" in text and "75%" in text
     write_html(tmp_path / "page.html", results())
     page = (tmp_path / "page.html").read_text()
