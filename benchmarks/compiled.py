@@ -1,4 +1,4 @@
-"""The training steps of `lmx bench --suite gpu` that have a goal, compiled for cards that are not here: what is in them.
+"""The training steps of `lmx bench --suite gpu` that have a goal, compiled for cards that are not here: what they hold.
 
     python -m benchmarks.compiled [--devices v5p:2x2x1 …] [--only TEXT] [--json FILE]
 
