@@ -19,7 +19,7 @@ def test_a_value_by_hand():
 
 
 @pytest.mark.parametrize("form", ["cpu", "gpu", "reference"])
-@pytest.mark.parametrize("examples", [8, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_loss_and_gradient_are_those_of_the_definition_in_float64(form, examples, monkeypatch):
     monkeypatch.setattr(module, "current_platform", lambda: form)
     function = cross_entropy_reference if form == "reference" else cross_entropy

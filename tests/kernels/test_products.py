@@ -14,7 +14,7 @@ from lmx.kernels.products import FEW_ROWS, Turned, product, product_by_rows
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=2)
 
 
-@pytest.mark.parametrize("examples", [12, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [12, pytest.param(60, marks=pytest.mark.slow)])
 def test_equals_the_definition_turned_or_not(examples):
     @settings(max_examples=examples, deadline=None)
     @given(st.integers(0, 99), SIZES, SIZES, SIZES, st.booleans(), st.sampled_from(["float32", "bfloat16"]))
