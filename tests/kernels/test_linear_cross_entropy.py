@@ -68,7 +68,7 @@ def as_for(platform):
         yield
 
 
-@pytest.mark.parametrize("examples", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [6, pytest.param(40, marks=pytest.mark.slow)])
 def test_equals_the_definition_whatever_the_shapes_and_chunks(examples):
     @settings(max_examples=examples, deadline=None)
     @given(st.data())
