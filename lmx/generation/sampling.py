@@ -93,7 +93,7 @@ def with_tokens(logits: Float[Array, "*batch vocab"], sampling: Sampling) -> Flo
 def likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
     """The id of each row's largest logit, the first of several; 0 where the largest is not a number.
 
-    Two passes over the logits: a CPU does one that carries value and id along, as ``argmax`` is, half as fast.
+    Two passes over the logits, because a CPU is slower at one that carries value and id along, as ``argmax`` does.
     """
     vocab = logits.shape[-1]
     is_top = logits == logits.max(-1, keepdims=True)

@@ -35,9 +35,9 @@ def test_equals_the_definition_turned_or_not(examples):
         if not eight_bits:
             weights = rng.standard_normal(expected.shape)
             total = jax.grad(lambda x, kernel: jnp.sum(weights * product(x, kernel, len(inputs))), (0, 1))
-            axes = tuple(range(len(rows))), tuple(range(len(inputs), kernel.ndim))
-            for_x = np.tensordot(weights, np.float64(kernel), (range(len(rows), weights.ndim), axes[1]))
-            for_kernel = np.tensordot(np.float64(x), weights, (axes[0], axes[0]))
+            of_rows, of_outputs = range(len(rows)), range(len(inputs), kernel.ndim)
+            for_x = np.tensordot(weights, np.float64(kernel), (range(len(rows), weights.ndim), of_outputs))
+            for_kernel = np.tensordot(np.float64(x), weights, (of_rows, of_rows))
             for found, wanted in zip(total(x, kernel), (for_x, for_kernel), strict=True):
                 assert found.dtype == x.dtype
                 np.testing.assert_allclose(np.float64(found), wanted, **tolerance)
