@@ -3,9 +3,11 @@
     python -m benchmarks.compiled [--devices v5p:2x2x1 …] [--only TEXT] [--json FILE]
 
 Needs the extra `plan` (Python 3.12 or later) for TPUs and `gpu` for GPUs, and no such device. Each step is compiled
-with the attention that is chosen for the hardware, and with plain attention; rows a device are the same on all.
-Buffers are those between the program's operations, not what an operation goes through inside. What the JSON file
-holds already is not compiled again.
+with the attention that is chosen for the hardware, and with plain attention. A device has the suite's rows, or half
+of them, a quarter, …, where they do not fit; parameters and the optimizer's moments are split over all devices. What
+plain attention would take where it does not fit is what the compiler says that it would. Buffers are those between
+the program's operations, not what an operation goes through inside. What the JSON file holds already is not compiled
+again.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from lmx.benchmarking.cases import Case, cases
 from lmx.config import Config
 from lmx.kernels.linear_cross_entropy import GPU_VOCAB
 from lmx.objectives.mlm import num_chosen
-from lmx.planning.program import compile_program
+from lmx.planning.program import Program, compile_program
 from lmx.planning.targets import open_target
 
 DEVICES = ("v5p:2x2x1", "v6e:2x2", "h100:1", "h200:1")
@@ -33,20 +35,45 @@ MIB = 2**20
 CALLS = {"cudnn": r"__cudnn\$fmha\w+", "pallas": r"custom_call_target=\"tpu_custom_call\""}
 
 
-def compiled(case: Case, devices: str, attention: str) -> dict:
-    """What there is to say of a step's program."""
+def steps_with_goals() -> list[Case]:
+    """The training steps of the suite that have a goal, each program once: what its rows hold makes no other."""
+    found = []
+    for case in cases("gpu", "gpu"):
+        if case.kind == "training" and (case.goal or case.utilization) and case.config not in [c.config for c in found]:
+            found.append(case)
+    return found
+
+
+def compiled_forms(case: Case, devices: str) -> dict[str, dict]:
+    """What there is to say of a step's program with our attention and with plain, on as many rows as fit with ours."""
+    rows = case.config.train.global_batch_size
+    while not (ours := compiled(case, devices, "auto", rows))["fits"] and rows > 1:
+        rows //= 2
+    return {"auto": ours, "plain": compiled(case, devices, "plain", rows)}
+
+
+def compiled(case: Case, devices: str, attention: str, rows: int) -> dict:
+    """What there is to say of a step's program for so many rows a device."""
     target = open_target(devices)
-    rows = case.config.train.global_batch_size * len(target.devices)
-    config = case.config.replace(train={"global_batch_size": rows}, model={"attention": attention})
-    program = compile_program(config, target)
+    config = case.config.replace(model={"attention": attention}, mesh={"data": 1, "fsdp": -1})
+    program = compile_program(config.replace(train={"global_batch_size": rows * len(target.devices)}), target)
     text = program.compiled.as_text() if program.compiled else ""
     return {
         "attention": "; ".join(map(str, program.experiment.attention_forms())),
+        "rows": rows,
         "seconds": program.seconds,
-        "temporaries": program.compiled.memory_analysis().temp_size_in_bytes if program.compiled else None,
+        "fits": program.compiled is not None,
+        "temporaries": _temporaries(program),
         "calls": {name: len(re.findall(call, text)) for name, call in CALLS.items()},
-        "squares": large_buffers(text, case.config),
+        "squares": large_buffers(text, config.replace(train={"global_batch_size": rows})),
     }
+
+
+def _temporaries(program: Program) -> int:
+    if program.compiled is not None:
+        return program.compiled.memory_analysis().temp_size_in_bytes
+    needed = re.search(r"required for HLO temporaries \(([\d.]+)([GM])\)", program.error)
+    return int(float(needed[1]) * {"G": 2**30, "M": MIB}[needed[2]])
 
 
 def large_buffers(text: str, config: Config) -> list[str]:
@@ -86,27 +113,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     steps = json.loads(args.json.read_text())["steps"] if args.json and args.json.is_file() else {}
-    steps_with_goals = [
-        case for case in cases("gpu", "gpu") if case.kind == "training" and (case.goal or case.utilization)
-    ]
-    training = [case for case in steps_with_goals if args.only in case.name]
-    table = Table("step", "devices", "attention", "temporaries, MiB", "with plain", "ratio", "large buffers")
+    training = [case for case in steps_with_goals() if args.only in case.name]
+    table = Table("step", "devices", "attention", "rows", "temporaries, MiB", "with plain", "ratio", "large buffers")
     for devices in args.devices:
         for case in training:
             name = f"{case.name} on {devices}"
             if name not in steps:
-                steps[name] = {form: compiled(case, devices, form) for form in ("auto", "plain")}
+                steps[name] = compiled_forms(case, devices)
                 _write(args.json, steps)
             ours, plain = steps[name]["auto"], steps[name]["plain"]
             table.add_row(
                 case.name,
                 devices,
                 ours["attention"],
-                *(
-                    f"{one['temporaries'] / MIB:,.0f}" if one["temporaries"] else "does not fit"
-                    for one in (ours, plain)
-                ),
-                f"{ours['temporaries'] / plain['temporaries']:.2f}" if plain["temporaries"] else "–",
+                str(ours["rows"]),
+                *(f"{one['temporaries'] / MIB:,.0f}{'' if one['fits'] else ', does not fit'}" for one in (ours, plain)),
+                f"{ours['temporaries'] / plain['temporaries']:.2f}",
                 ", ".join(ours["squares"]) or "none",
             )
             print(name, json.dumps({"auto": ours, "plain": plain}), flush=True)
@@ -120,7 +142,7 @@ def _write(path: Path | None, steps: dict) -> None:
     for name, forms in steps.items():
         ours, plain = forms["auto"]["temporaries"], forms["plain"]["temporaries"]
         row = {"name": f"{name}: temporaries", "value": ours, "unit": "bytes"}
-        rows.append(row | ({"ratio": ours / plain, "goal": MOST} if ours and plain else {}))
+        rows.append(row | {"ratio": ours / plain, "goal": MOST})
         large = [shape for shape in forms["auto"]["squares"] if shape.startswith("f32")]
         rows.append({"name": f"{name}: float32 of [length, length or vocab]", "value": len(large), "unit": ""})
     path.write_text(json.dumps({"rows": rows, "steps": steps}, indent=2) + "\n")
