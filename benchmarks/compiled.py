@@ -3,11 +3,11 @@
     python -m benchmarks.compiled [--devices v5p:2x2x1 …] [--only TEXT] [--json FILE]
 
 Needs the extra `plan` (Python 3.12 or later) for TPUs and `gpu` for GPUs, and no such device. Each step is compiled
-with the attention that is chosen for the hardware, and with plain attention. A device has the suite's rows, or half
-of them, a quarter, …, where they do not fit; parameters and the optimizer's moments are split over all devices. What
-plain attention would take where it does not fit is what the compiler says that it would. Buffers are those between
-the program's operations, not what an operation goes through inside. What the JSON file holds already is not compiled
-again.
+with the attention that is chosen for the hardware, and with plain attention, and as a loop over layers where a stack
+has more than are written out, which compiles sooner. A device has the suite's rows and all parameters. Where that does
+not fit, parameters are split over the devices, and then the rows are halved, a quarter, …; what plain attention takes
+where it does not fit is what the compiler says that it would. Buffers are those between the program's operations, not
+what an operation goes through inside. What the JSON file holds already is not compiled again.
 """
 
 import argparse
@@ -45,22 +45,26 @@ def steps_with_goals() -> list[Case]:
 
 
 def compiled_forms(case: Case, devices: str) -> dict[str, dict]:
-    """What there is to say of a step's program with our attention and with plain, on as many rows as fit with ours."""
+    """What there is to say of a step's program with our attention and with plain, both on what fits with ours."""
     rows = case.config.train.global_batch_size
-    while not (ours := compiled(case, devices, "auto", rows))["fits"] and rows > 1:
-        rows //= 2
-    return {"auto": ours, "plain": compiled(case, devices, "plain", rows)}
+    sizes = [(rows, "data"), *((rows >> halved, "fsdp") for halved in range(rows.bit_length()))]
+    for size in sizes:
+        ours = compiled(case, devices, "auto", *size)
+        if ours["fits"]:
+            break
+    return {"auto": ours, "plain": compiled(case, devices, "plain", *size)}
 
 
-def compiled(case: Case, devices: str, attention: str, rows: int) -> dict:
-    """What there is to say of a step's program for so many rows a device."""
+def compiled(case: Case, devices: str, attention: str, rows: int, split: str) -> dict:
+    """What there is to say of a step's program for so many rows a device, with devices along one axis of the mesh."""
     target = open_target(devices)
-    config = case.config.replace(model={"attention": attention}, mesh={"data": 1, "fsdp": -1})
+    config = case.config.replace(model={"attention": attention, "scan_layers": True}, mesh={"data": 1} | {split: -1})
     program = compile_program(config.replace(train={"global_batch_size": rows * len(target.devices)}), target)
     text = program.compiled.as_text() if program.compiled else ""
     return {
         "attention": "; ".join(map(str, program.experiment.attention_forms())),
         "rows": rows,
+        "split": split,
         "seconds": program.seconds,
         "fits": program.compiled is not None,
         "temporaries": _temporaries(program),
@@ -114,7 +118,9 @@ def main() -> None:
     args = parser.parse_args()
     steps = json.loads(args.json.read_text())["steps"] if args.json and args.json.is_file() else {}
     training = [case for case in steps_with_goals() if args.only in case.name]
-    table = Table("step", "devices", "attention", "rows", "temporaries, MiB", "with plain", "ratio", "large buffers")
+    table = Table(
+        "step", "devices", "attention", "rows", "split", "temporaries, MiB", "with plain", "ratio", "large buffers"
+    )
     for devices in args.devices:
         for case in training:
             name = f"{case.name} on {devices}"
@@ -127,6 +133,7 @@ def main() -> None:
                 devices,
                 ours["attention"],
                 str(ours["rows"]),
+                ours["split"],
                 *(f"{one['temporaries'] / MIB:,.0f}{'' if one['fits'] else ', does not fit'}" for one in (ours, plain)),
                 f"{ours['temporaries'] / plain['temporaries']:.2f}",
                 ", ".join(ours["squares"]) or "none",

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from lmx.kernels.dropout import dropout
 from lmx.kernels.int8 import Quantized, dense, quantize
-from lmx.kernels.products import Turned, product
+from lmx.kernels.products import Turned, flat, product
 from lmx.model_config import Model
 from lmx.models.lora import has_adapter
 from lmx.parallel.sharding import gathered
@@ -80,7 +80,7 @@ class Projection(nn.Module):
         offer_turned(self, kernel, self.num_inputs)
         offer_quantized(self, kernel, range(self.num_inputs))
         y = product(x.astype(dtype), kernel, self.num_inputs, self.config.products)
-        y = checkpoint_name(y, PRODUCT)
+        y = checkpoint_name(flat(y, len(self.features)), PRODUCT).reshape(y.shape)
         if self.config.use_bias if self.use_bias is None else self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_inputs :])
             y += self.param("bias", init, self.features).astype(dtype)

@@ -18,7 +18,7 @@ from lmx.models.block import Block, Context
 from lmx.models.layers import PRODUCT, Dropout, Norm
 from lmx.models.positions import RelativeBias
 from lmx.parallel.pipeline import pipelined
-from lmx.parallel.sharding import current_layout
+from lmx.parallel.sharding import current_layout, current_platform
 
 MOST_UNROLLED = 16  # turns of the loop over layers; compiling takes longer with each
 
@@ -100,12 +100,14 @@ class Stack(nn.Module):
         return layers(config, self.cross, name="layers")(x, context)[0]
 
     def _is_better_unrolled(self, length):
-        """Whether the loop over layers is to be written out: loops copy what goes in and out of each turn.
+        """Whether the loop over layers is to be written out: on a CPU and on a GPU, loops copy what goes in and out of
+        each turn.
 
         Not where backward computes layers again: outside of a loop the compiler finds out, and keeps them. Nor to make
         parameters, which is done once and would take longer to compile.
         """
-        return length <= MOST_UNROLLED and not self.is_initializing() and self.config.remat == "none"
+        few = length <= MOST_UNROLLED and not self.is_initializing()
+        return few and current_platform() in ("cpu", "gpu") and self.config.remat == "none"
 
     def _may_be_pipelined(self, context):
         """Whether nothing is asked for but the output: not when parameters are made, nor to decode or look inside."""

@@ -194,6 +194,15 @@ def test_nothing_as_large_as_the_square_of_the_length_is_held(form):
     assert temporaries(lambda q, k, v, b: plain_attention(q, k, v, problem.mask, bias=b).sum()) > square
 
 
+def test_the_kernel_keeps_heads_side_by_side():
+    """A TPU pads what is narrower than 128, and keeps heads that lie apart at several times their size."""
+    problem = draw(np.random.default_rng(0), batch=2, queries=128, kv_heads=1, groups=3, head_dim=8)
+    query, key, value, _ = problem.arrays()
+    _, back = jax.vjp(lambda *arrays: FORMS["pallas"](*arrays, problem.mask), query, key, value)
+    kept = [leaf.shape for leaf in jax.tree.leaves(back) if getattr(leaf, "size", 0) >= key.size]
+    assert sorted(kept) == sorted([(2, 128, 24), (2, 128, 8), (2, 128, 8), (2, 128, 24)])
+
+
 @settings(max_examples=5, deadline=None)
 @given(PROBLEMS, st.integers(0, 99))
 def test_keys_and_values_in_eight_bits_are_read_as_what_they_stand_for(sizes, seed):

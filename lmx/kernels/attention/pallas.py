@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key
 from lmx.kernels.attention.mask import Mask
 from lmx.kernels.attention.pallas_tiles import LANES, NOTHING, Grid, Options, Tile, as_column, as_row, dot
 from lmx.kernels.dropout import stream_words
+from lmx.kernels.products import flat
 from lmx.parallel.sharding import Layout, as_spec, current_layout, current_platform, on_each_device
 
 TILE = 512  # queries and keys of a tile: a megabyte of scores
@@ -130,11 +131,12 @@ def _forward(options: Options, query, key, value, bias, rows, scalars):
         [("query", (query.shape, query.dtype)), ("query_row", (totals, jnp.float32))],
         [(options.tile_query, 1), (options.tile_query, 1), (options.tile_query, query.shape[3])],
     )
-    return output, (query, key, value, bias, rows, scalars, output, log_total)
+    return output, (*map(_flat, (query, key, value, output)), bias, rows, scalars, log_total)
 
 
 def _backward(options: Options, residuals, gradient):
-    query, key, value, bias, rows, scalars, output, log_total = residuals
+    *kept, bias, rows, scalars, log_total = residuals
+    query, key, value, output = (_heads_first(x, gradient.shape[3]) for x in kept)
     delta = (gradient.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1)[:, :, None]
     inputs = [("query", query), ("key", key), ("key", value), ("query", gradient)]
     inputs += [("query_row", log_total), ("query_row", delta), *_optional(bias, rows)]
@@ -152,6 +154,16 @@ def _backward(options: Options, residuals, gradient):
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _flat(x: Array) -> Array:
+    """Queries, keys, values or outputs as backward is to find them: as projections make and take them, and not twice as
+    large, as heads of 64 are when they lie apart (see :func:`lmx.kernels.products.flat`)."""
+    return flat(x.transpose(0, 2, 1, 3), 2)
+
+
+def _heads_first(x: Array, head_dim: int) -> Array:
+    return x.reshape(*x.shape[:2], -1, head_dim).transpose(0, 2, 1, 3)
 
 
 def _optional(bias: Array | None, rows: dict[str, Array]) -> list[tuple[str, Array]]:
