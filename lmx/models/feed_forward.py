@@ -22,8 +22,16 @@ def gelu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     return (half * (1 + jax.lax.erf(half * math.sqrt(2)))).astype(x.dtype)
 
 
+@jax.custom_vjp
+def relu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """``max(x, 0)``, whose gradient at 0 is 0. Backward goes by the result, which the next product keeps anyway."""
+    return jnp.maximum(x, 0)
+
+
+relu.defvjp(lambda x: (y := jnp.maximum(x, 0), y), lambda y, gradient: (jnp.where(y > 0, gradient, 0),))
+
 ACTIVATIONS = {
-    "relu": jax.nn.relu,
+    "relu": relu,
     "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
@@ -43,7 +51,7 @@ def activate(
     """``activation(hidden)``, or ``activation(gate) * hidden`` where there is a gate."""
     activation = ACTIVATIONS[config.activation]
     if gate is None:
-        return recomputed(activation)(hidden)
+        return activation(hidden) if activation is relu else recomputed(activation)(hidden)
     return recomputed(lambda gate, hidden: activation(gate) * hidden)(gate, hidden)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from lmx.config import Experts
 from lmx.errors import ConfigError
+from lmx.models.feed_forward import FeedForward, relu
 from lmx.models.transformer import Transformer
 from tests.models.reference import build, example, small
 
@@ -153,6 +154,23 @@ def test_dropout_acts_only_in_training(field, scan_layers):
     assert not np.allclose(logits(model, True, 0), logits(plain, True))
     assert not np.allclose(logits(model, True, 0), logits(model, True, 1))
     np.testing.assert_array_equal(logits(model, True, 1), logits(model, True, 1))
+
+
+@pytest.mark.parametrize(("activation", "arrays"), [("relu", 1), ("gelu", 2), ("swiglu", 3)])
+def test_what_backward_keeps_of_a_hidden_layer(activation, arrays):
+    """What the function was given and what it gave; of relu the latter alone."""
+    config = small("decoder", activation=activation)
+    layer, x = FeedForward(config), jnp.ones((2, 5, config.embed_dim))
+    params = layer.init(jax.random.key(0), x)
+    jaxpr = jax.make_jaxpr(lambda x: jax.vjp(lambda x: layer.apply(params, x), x)[1])(x)
+    assert len({kept for kept in jaxpr.jaxpr.outvars if kept.aval.shape == (2, 5, config.mlp_dim)}) == arrays
+
+
+def test_relu_has_the_gradient_of_its_definition():
+    x = jnp.array([-2.0, -0.0, 0.0, 0.5, 3.0])
+    y, back = jax.vjp(relu, x)
+    np.testing.assert_array_equal(y, [0, 0, 0, 0.5, 3])
+    np.testing.assert_array_equal(back(jnp.full(5, 2.0))[0], [0, 0, 0, 2, 2])
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
