@@ -55,7 +55,7 @@ def product(
         return y * kernel.scale.reshape(outputs).astype(x.dtype)
     if numbers != "dtype":
         return eight_bit_product(x, kernel, num_inputs, numbers)
-    return _product(num_inputs, x, kernel.astype(x.dtype))
+    return _product(num_inputs, x, kernel)
 
 
 def product_by_rows(
@@ -94,10 +94,11 @@ def flat(x: Array, count: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(num_inputs: int, x: Array, kernel: Array) -> Array:
-    return jnp.tensordot(x, kernel, axes=num_inputs)
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=num_inputs)
 
 
 def _forward(num_inputs, x, kernel):
+    """The kernel is kept as it came: a loop over layers keeps none then, but reads the parameters again."""
     return _product(num_inputs, x, kernel), (flat(x, num_inputs), kernel)
 
 
@@ -108,10 +109,10 @@ def _backward(num_inputs, residuals, gradient):
     x = x if num_inputs == 1 else x.reshape(*x.shape[:-1], *kernel.shape[:num_inputs])
     rows, outputs = tuple(range(x.ndim - num_inputs)), tuple(range(num_inputs, kernel.ndim))
     places = tuple(range(gradient.ndim - len(outputs), gradient.ndim))
-    of_x = jnp.tensordot(gradient, kernel, (places, outputs))
+    of_x = jnp.tensordot(gradient, kernel.astype(x.dtype), (places, outputs))
     if math.prod(kernel.shape[:num_inputs]) <= math.prod(kernel.shape[num_inputs:]):
-        return of_x, jnp.tensordot(x, gradient, (rows, rows))
-    turned = jnp.tensordot(gradient, x, (rows, rows))
+        return of_x, jnp.tensordot(x, gradient, (rows, rows)).astype(kernel.dtype)
+    turned = jnp.tensordot(gradient, x, (rows, rows)).astype(kernel.dtype)
     return of_x, turned.transpose(*range(len(outputs), kernel.ndim), *range(len(outputs)))
 
 

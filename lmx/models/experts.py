@@ -251,13 +251,13 @@ class SwitchFeedForward(nn.Module):
     def _route(self, x, segments, capacity, train):
         """Router in float32, whatever the compute type (section 2.4)."""
         experts = self.config.experts
+        x = x.astype(jnp.float32)
         if train and experts.jitter:
             noise = jax.random.uniform(self.make_rng("jitter"), x.shape, minval=-experts.jitter, maxval=experts.jitter)
-            x = x.astype(jnp.float32) * (1.0 + noise)
+            x *= 1.0 + noise
         config = dataclasses.replace(self.config, dtype="float32", products="dtype")
         axes = ("embed", "experts")
-        router = nn.remat(Projection, prevent_cse=False)  # so that x is kept as it comes, and not in float32
-        logits = router(config, (experts.num_experts,), axes, use_bias=False, name="router")(x)
+        logits = Projection(config, (experts.num_experts,), axes, use_bias=False, name="router")(x)
         routing = route(logits, segments, capacity, experts.top_k, experts.normalize_gates)
         self._sow("load_balance", experts.load_balance_weight * routing.load_balance)
         self._sow("router_z", experts.z_loss_weight * routing.router_z)
