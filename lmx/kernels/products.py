@@ -89,7 +89,7 @@ def _turned_product(x: Array, kernel: Array | Quantized, num_inputs: int) -> Arr
 def flat(x: Array, count: int) -> Array:
     """``x`` with its last ``count`` axes as one, which is the form to keep for backward: a TPU pads the last axis to
     128 numbers, and heads of 64 would take twice their room."""
-    return x if count == 1 else x.reshape(*x.shape[: x.ndim - count], -1)
+    return x.reshape(*x.shape[: x.ndim - count], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -106,7 +106,7 @@ def _backward(num_inputs, residuals, gradient):
     """The gradient of the kernel sums over all rows, for which a CPU turns over one of the two that it is made of in
     memory. That is the narrower one here, whatever the order of the kernel's axes; JAX's rule goes by the order."""
     x, kernel = residuals
-    x = x if num_inputs == 1 else x.reshape(*x.shape[:-1], *kernel.shape[:num_inputs])
+    x = x.reshape(*x.shape[:-1], *kernel.shape[:num_inputs])
     rows, outputs = tuple(range(x.ndim - num_inputs)), tuple(range(num_inputs, kernel.ndim))
     places = tuple(range(gradient.ndim - len(outputs), gradient.ndim))
     of_x = jnp.tensordot(gradient, kernel.astype(x.dtype), (places, outputs))
