@@ -18,10 +18,11 @@ def test_the_gpu_suite_can_be_tried_without_one(tmp_path):
     trained = [name for name in trained if name.startswith("train")]
     assert len(trained) == 9
     assert rows["train switch base 8 to train t5 base"]["ratio"] > 0
-    for name in trained:  # the first step's loss, of equal parameters and batches
+    assert all(0 < rows[f"{name}: lmx, MFU"]["value"] < 1 for name in trained)
+    for name in set(trained) - {"train gpt2 1558m"}:  # two of that size do not fit on one card: it has no peer
         ours, theirs = (rows[f"{name}: {system}, result"]["value"] for system in ("lmx", "eager"))
-        assert ours == pytest.approx(theirs, rel=1e-4), name
-        assert 0 < rows[f"{name}: lmx, MFU"]["value"] < 1 and rows[f"{name}: ratio"]["ratio"] > 0
+        assert ours == pytest.approx(theirs, rel=1e-4), name  # the first step's loss, of equal parameters and batches
+        assert rows[f"{name}: ratio"]["ratio"] > 0
     for rows_of_prompts in (1, 8, 64):
         made = rows[f"generate gpt2 124m, batch {rows_of_prompts}: lmx, result"]["value"]
         assert made == 8 * rows_of_prompts
