@@ -178,7 +178,9 @@ def _write(path: Path, results: dict) -> None:
     for name, found in results.items():
         for kind in found:
             rows += [
-                {"name": f"{name}: {kind}, {of}", "value": found[kind][of], "unit": of} for of in ("bytes", "seconds")
+                {"name": f"{name}: {kind}, {of}", "value": found[kind][of], "unit": of}
+                for of in ("bytes", "seconds")
+                if of in found[kind]
             ]
     path.write_text(json.dumps({"rows": rows, "steps": results}, indent=2) + "\n")
 

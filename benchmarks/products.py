@@ -2,7 +2,7 @@
 
     python benchmarks/products.py [--repeats 20]
 
-Milliseconds of one, the median, where each reads a kernel of its own, so that none stands in the caches yet.
+Milliseconds of one, the median, where each reads another of a dozen kernels; small ones may stand in a cache.
 """
 
 import argparse

@@ -6,11 +6,12 @@ All of a run counts: starting Python, reading the text, compiling (no cache of p
 2,000 steps, and going through the whole held-out text before the first step and after each 250; what lmx writes as it
 goes (checkpoints, metrics, samples, a report) too.
 The loop is what one would write: a GPT-2 of transformers in the same sizes, with SDPA attention, the fused AdamW,
-random windows of the text, the same schedule of learning rates, eager and by torch.compile. Runs are processes of their
-own and take turns.
+random windows of the text, the same learning rates (numbers in a file, as the peers do not import JAX), freed memory
+kept as lmx keeps it, eager and by torch.compile. Runs are processes of their own and take turns.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -19,6 +20,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from lmx.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = ("lmx", "eager", "compiled")
@@ -36,23 +41,29 @@ def run_lmx(text: Path, steps: int, folder: Path) -> float:
     return [line["eval/loss"] for line in map(json.loads, lines) if "eval/loss" in line][-1]
 
 
-def run_peer(text: Path, steps: int, compiled: bool) -> float:
-    """The loop in PyTorch; the last held-out loss."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+def what_peers_do(steps: int) -> dict[str, Any]:
+    """The config's sections, and the learning rate of each step."""
     from lmx.config_files import read_config_file
     from lmx.training.optimizers import make_schedule
 
     config = read_config_file(str(ROOT / CONFIG)).replace(train={"steps": steps})
-    model, optimized, length = config.model, config.optimizer, config.data.length
-    rows, every = config.train.global_batch_size, config.train.eval_every
-    rates = make_schedule(optimized, steps)
+    schedule = make_schedule(config.optimizer, steps)
+    return dataclasses.asdict(config) | {"rates": [float(schedule(step)) for step in range(steps)]}
+
+
+def run_peer(text: Path, config: dict[str, Any], compiled: bool) -> float:
+    """The loop in PyTorch; the last held-out loss."""
+    keep_freed_memory()
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model, optimized, train = (SimpleNamespace(**config[section]) for section in ("model", "optimizer", "train"))
+    length, rows, steps = config["data"]["length"], train.global_batch_size, train.steps
     characters = text.read_text(encoding="utf-8")
     vocabulary = {character: i for i, character in enumerate(sorted(set(characters)))}
     ids = torch.tensor([vocabulary[character] for character in characters])
     cut = round(0.9 * len(ids))
-    train, held_out = ids[:cut], ids[cut:]
+    training, held_out = ids[:cut], ids[cut:]
     torch.manual_seed(0)
     sizes = {"n_layer": model.num_layers, "n_head": model.num_heads, "n_embd": model.embed_dim, "n_positions": length}
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout)
@@ -77,26 +88,27 @@ def run_peer(text: Path, steps: int, compiled: bool) -> float:
         return statistics.mean(losses)
 
     loss = evaluate()
-    for step in range(steps):
+    for step, rate in enumerate(config["rates"]):
         for group in optimizer.param_groups:
-            group["lr"] = float(rates(step))
-        starts = torch.randint(len(train) - length - 1, (rows,))
-        windows = torch.stack([train[start : start + length + 1] for start in starts])
+            group["lr"] = rate
+        starts = torch.randint(len(training) - length - 1, (rows,))
+        windows = torch.stack([training[start : start + length + 1] for start in starts])
         compute(windows[:, :-1], windows[:, 1:]).backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), optimized.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % every == 0 or step + 1 == steps:
+        if (step + 1) % train.eval_every == 0 or step + 1 == steps:
             loss = evaluate()
     return loss
 
 
-def timed(system: str, text: Path, steps: int) -> dict[str, float]:
+def timed(system: str, text: Path, config: dict[str, Any]) -> dict[str, float]:
     """A run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "loss"
-        command = [sys.executable, __file__, "--text", str(text), "--steps", str(steps)]
-        command += ["--one", system, "--result", str(result)]
+        (work := Path(folder) / "config.json").write_text(json.dumps(config))
+        command = [sys.executable, __file__, "--text", str(text)]
+        command += ["--one", system, "--config", str(work), "--result", str(result)]
         caches = {name: str(Path(folder) / name) for name in CACHES}
         start = time.perf_counter()
         subprocess.run(command, check=True, cwd=ROOT, env=os.environ | caches)
@@ -110,21 +122,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     text = args.text.resolve()
     if args.one:
+        config = json.loads(args.config.read_text())
         with tempfile.TemporaryDirectory() as folder:
             if args.one == "lmx":
-                loss = run_lmx(text, args.steps, Path(folder))
+                loss = run_lmx(text, config["train"]["steps"], Path(folder))
             else:
-                loss = run_peer(text, args.steps, args.one == "compiled")
+                loss = run_peer(text, config, args.one == "compiled")
         args.result.write_text(str(loss))
         return
+    config = what_peers_do(args.steps)
     runs: dict[str, list[dict[str, float]]] = {system: [] for system in SYSTEMS}
     for _ in range(args.repeats):
         for system in SYSTEMS:
-            runs[system].append(timed(system, text, args.steps))
+            runs[system].append(timed(system, text, config))
             print(f"{system}: {runs[system][-1]['seconds']:.1f} s, loss {runs[system][-1]['loss']:.4f}", flush=True)
     rows = []
     for system, found in runs.items():

@@ -188,6 +188,8 @@ class LanguageModel:
                 f"this model was trained with objective {self.config.objective.name!r} and does not generate text; "
                 "train one with 'causal', 'prefix_lm', 'span_corruption' or 'seq2seq'."
             )
+        if not isinstance(draft, LanguageModel | None):
+            raise LmxError(f"draft must be a model, such as lmx.load(...) opens, not {draft!r}.")
         ids = [self.encode(text) for text in texts]
         pieces = [self.tokenizer.encode(text) for text in stop]
         ends = {objective.eos, *self.tokenizer.stop_ids}
@@ -277,6 +279,8 @@ class LanguageModel:
 
         Each output of a kernel and each row of a table has a scale. It cannot be saved; it is soon made again.
         """
+        if is_quantized(self.params):
+            return self
         return dataclasses.replace(self, params=quantize_params(self.model, self.params))
 
     def save(

@@ -31,6 +31,17 @@ class Experts:
     jitter: float = option(0.01, "Router inputs are multiplied by U(1-jitter, 1+jitter) in training.", low=0, high=1)
     dropout: float = option(0.0, "Dropout inside the experts (the paper's expert dropout).", low=0, high=1)
 
+    def slots(self, length: int, train: bool) -> int:
+        """Slots of an expert in a row of so many tokens; 0 is no limit.
+
+        Without a ``capacity``: tokens / experts * capacity factor (equation 3), rounded up, at least one.
+        """
+        factor = self.capacity_factor if train else self.eval_capacity_factor
+        if self.capacity or not factor:
+            return min(self.capacity, length)
+        share = round(length / self.num_experts * factor, 6)  # 100 / 10 * 1.1 is 11, not 11.000000000000002
+        return min(length, max(1, math.ceil(share)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
@@ -91,7 +102,7 @@ class Model:
     num_kv_heads: int | None = option(None, "Key/value heads: none is num_heads, 1 is multi-query.", low=1)
     head_dim: int | None = option(None, "Width of a head; none: embed_dim / num_heads.", low=1)
     mlp_dim: int = option(3072, "Width of the feed-forward's hidden layer.", low=1)
-    max_length: int = option(1024, "Positions a learned table holds, and the most tokens generation keeps.", low=1)
+    max_length: int = option(1024, "Positions that a learned table holds, which no row can be longer than.", low=1)
 
     norm_position: str = option("pre", "LayerNorm before (pre) or after (post) the sum.", choices=("pre", "post"))
     norm: str = option("layernorm", "Kind of normalization.", choices=("layernorm", "rmsnorm"))

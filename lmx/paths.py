@@ -27,6 +27,16 @@ def new_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def check_output_folder(path: str | os.PathLike[str] | None) -> None:
+    """Raises :class:`ConfigError` where no folder can be, or be made; before the work whose results it is to hold."""
+    if path is None:
+        return
+    folder = Path(path).resolve()
+    found = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not found.is_dir():
+        raise ConfigError(f"{str(path)!r} cannot be a folder: {found} is a file.")
+
+
 def check_output(path: str | os.PathLike[str] | None) -> None:
     """Raises :class:`ConfigError` where no file can be written; before the work whose result it is to hold."""
     if path is None:

@@ -176,6 +176,13 @@ def test_what_does_not_generate_or_classify_says_so():
         make("mlm").generate("a")
     with pytest.raises(LmxError, match="objective 'causal' and is no classifier"):
         make("causal").predict("a")
+    with pytest.raises(LmxError, match=r"draft must be a model, such as lmx.load\(...\) opens, not 'runs/small'"):
+        make("causal").generate("a", draft="runs/small")
+
+
+def test_a_model_in_eight_bits_stays_as_it_is():
+    quantized = make().quantized()
+    assert quantized.quantized() is quantized
 
 
 def test_predict_gives_the_label_and_probability_of_the_logits():

@@ -4,6 +4,7 @@ import dataclasses
 
 from lmx.config import Config, Data, Experts, Mesh, Model, Objective, Optimizer, Tokenizer, Train
 
+SUITES = ("cpu", "gpu")
 SYSTEMS = {
     "lmx": "this library, jit on all devices",
     "eager": "PyTorch, transformers, SDPA attention, fused AdamW",
@@ -14,7 +15,7 @@ PEERS = ("eager", "compiled")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A piece of work that every system does.
+    """A piece of work that every system does: the same parameters, the same inputs, the same that has to come out.
 
     Attributes:
       name: of the work, such as "train gpt2 small".

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lmx.benchmarking.cases import SYSTEMS, cases
+from lmx.benchmarking.cases import SUITES, SYSTEMS, Case, cases
 from lmx.benchmarking.measure import matmul_peak, measure, systems
 from lmx.benchmarking.show import Results, machine, print_table, write_html
 from lmx.errors import ConfigError, LmxError
-from lmx.paths import check_output
+from lmx.paths import check_output, check_output_folder
 
 
 def bench(
@@ -25,7 +25,7 @@ def bench(
     Args:
       suite: "cpu" or "gpu"; none: what this machine has. "gpu" without one runs at small sizes, to be tried out.
       json, html: files to write; the first after every case, so that a long run leaves what it has.
-      only: a part of the names of the cases to run; all by default.
+      only: a part of the names of the cases to run, in whatever case; all by default.
       profile: a folder for traces of lmx's work, of which the operations that cost most are printed.
 
     Raises:
@@ -33,6 +33,8 @@ def bench(
     """
     for path in (json, html):
         check_output(path)
+    check_output_folder(profile)
+    _chosen(suite, suite, only)
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise LmxError(f"lmx bench needs {' and '.join(missing)} to compare with: pip install 'lmx[bench]'.")
@@ -42,19 +44,19 @@ def bench(
         suite = suite or platform
         if (suite, platform) == ("cpu", "gpu"):
             raise ConfigError("--suite cpu measures the processor, and there is a GPU: set JAX_PLATFORMS=cpu.")
-        chosen = [case for case in cases(suite, platform) if only in case.name]
-        if not chosen:
-            names = ", ".join(case.name for case in cases(suite, platform))
-            raise ConfigError(f"--only {only!r}: no case of suite {suite!r} has that in its name: {names}.")
+        chosen = _chosen(suite, platform, only)
         if suite != platform:
-            console.print("[yellow]no GPU here[/]: the suite runs at small sizes, and its figures mean nothing")
+            about["no GPU here"] = "the suite runs at small sizes, and its figures mean nothing"
+            console.print(f"[yellow]no GPU here[/]: {about['no GPU here']}")
         results = Results(suite, machine(about), matmul_peak(workers, platform))
-        for case in chosen:
-            found = measure(suite, platform, case, workers, status.update, Path(profile) if profile else None)
-            results.measured.append(found)
-            if json:
-                results.write_json(json)
-    print_table(results, console)
+        try:
+            for case in chosen:
+                found = measure(suite, platform, case, workers, status.update, Path(profile) if profile else None)
+                results.measured.append(found)
+                if json:
+                    results.write_json(json)
+        finally:  # what there is, after Ctrl-C as well
+            print_table(results, console)
     for found in results.measured:
         for name, seconds in found.operations.items():
             line = f"{found.case.name}: {1e3 * seconds:9.2f} ms  {name}"
@@ -64,3 +66,13 @@ def bench(
     for path in filter(None, (json, html)):
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     return results
+
+
+def _chosen(suite: str | None, platform: str | None, only: str) -> list[Case]:
+    """The cases of a suite, of all of them as long as none is named, with ``only`` in their names."""
+    known = [case for name in ([suite] if suite else SUITES) for case in cases(name, platform or name)]
+    chosen = [case for case in known if only.lower() in case.name]
+    if not chosen:
+        names = "; ".join(case.name for case in known)
+        raise ConfigError(f"--only {only!r}: no case of {suite or 'any suite'} has that in its name: {names}.")
+    return chosen

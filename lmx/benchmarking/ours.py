@@ -25,7 +25,6 @@ from lmx.generation.forms import for_decoding
 from lmx.generation.generate import generate
 from lmx.interop.pretrained import load_params, open_checkpoint
 from lmx.interop.writing import save_pretrained
-from lmx.models.experts import expert_capacity
 from lmx.models.stack import to_layout
 from lmx.models.transformer import Transformer, init_params
 from lmx.parallel.sharding import put_batch
@@ -86,12 +85,16 @@ def profile(work: Work, folder: Path) -> dict[str, float]:
 
 
 def _published(config: Config) -> Model:
-    """The model as transformers has it: an expert's capacity is a number there, whatever the length of a row."""
+    """The model as transformers has it: an expert's capacity is a number there, whatever the length of a row.
+
+    It is the encoder's; that of a shorter decoder is set beside it (:mod:`lmx.benchmarking.theirs`).
+    """
     model, experts = config.model, config.model.experts
     if not experts.num_experts:
         return model
-    capacity = expert_capacity(config.data.length, experts.num_experts, experts.capacity_factor)
-    return dataclasses.replace(model, experts=dataclasses.replace(experts, capacity=capacity))
+    return dataclasses.replace(
+        model, experts=dataclasses.replace(experts, capacity=experts.slots(config.data.length, train=True))
+    )
 
 
 def reset_peak() -> None:

@@ -49,7 +49,10 @@ class Results:
         return found.timings["lmx"].median / other.timings["lmx"].median
 
     def rows(self) -> list[dict[str, Any]]:
-        """As ``--json`` has it: every row a name, a value and its unit; a ratio above 1 says that lmx is faster."""
+        """As ``--json`` has it: every row a name, a value and its unit.
+
+        A ratio is at least its goal where it is over a peer; from one case to another it is at most that.
+        """
         rows = [{"name": "matmul peak", "value": self.peak, "unit": "FLOP/s"}]
         for found in self.measured:
             name = found.case.name
@@ -136,23 +139,31 @@ def print_table(results: Results, console: Console) -> None:
     console.print(
         f"\nratio: the time of the fastest other system by that of lmx, and the goal. MFU: FLOPs of the model's matrix "
         f"products (training is 3 x forward; lmx.models.flops) by time and by {results.peak / 1e9:,.0f} GFLOP/s, which "
-        "is what a large matrix product reaches here.",
+        "is what a large matrix product reaches here. ±: half of what the middle half of the turns differ by. memory: "
+        "most from the first turn on. ready: from making the model to the end of the first turn, with compiling.",
         highlight=False,
     )
     for system, meaning in SYSTEMS.items():
-        console.print(f"{system}: {meaning}", highlight=False)
+        if any(system in found.timings for found in results.measured):
+            console.print(f"{system}: {meaning}", highlight=False)
 
 
 def write_html(path: str | Path, results: Results) -> None:
     """Writes a page with a bar for every time, and all numbers."""
     bars = "".join(map(_bars, results.measured))
+    head = "<tr><th>what</th><th>value</th><th>unit</th><th>goal</th></tr>"
     rows = "".join(
-        f"<tr><td>{html.escape(row['name'])}</td><td>{row['value']:,.4g}</td><td>{html.escape(row['unit'])}</td></tr>"
-        for row in results.rows()
-        if row["value"] is not None
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in _cells(row)) + "</tr>" for row in results.rows()
     )
-    parts = [f"<h2>Time</h2>{bars}", f'<h2>Numbers</h2><div class="card"><table>{rows}</table></div>']
-    write_page(Path(path), f"lmx bench, suite {results.suite}", " · ".join(results.about.values()), parts)
+    parts = [f"<h2>Time</h2>{bars}", f'<h2>Numbers</h2><div class="card"><table>{head}{rows}</table></div>']
+    about = " · ".join(f"{name} {value}" for name, value in results.about.items())
+    write_page(Path(path), f"lmx bench, suite {results.suite}", about, parts)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Name, value, unit and goal; of a system that could not do its work, the unit says why."""
+    value, goal = (row.get(name) for name in ("value", "goal"))
+    return row["name"], "–" if value is None else f"{value:,.4g}", row["unit"], "" if goal is None else f"{goal:g}"
 
 
 def _bars(found: Measured) -> str:

@@ -77,15 +77,25 @@ def _attention(architecture: Any) -> str:
 
 
 def _training(case: Case, model: torch.nn.Module, system: str, batch: dict[str, torch.Tensor]) -> Work:
+    if case.config.model.experts.num_experts:
+        slots = case.config.model.experts.slots(case.config.data.target_length, train=True)
+        for module in model.decoder.modules():
+            if hasattr(module, "expert_capacity"):
+                module.expert_capacity = slots
     optimized = case.config.optimizer
     settings = {"betas": (optimized.b1, optimized.b2), "eps": optimized.epsilon, "fused": True}
     settings |= {"lr": optimized.learning_rate, "weight_decay": optimized.weight_decay}
     optimizer = torch.optim.AdamW(model.train().parameters(), **settings)
     inputs, targets = _inputs(case, batch)
+    predicted = (targets >= 0).nonzero().squeeze(1)
 
     def loss_of(**inputs: torch.Tensor) -> torch.Tensor:
-        logits = model(**inputs).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100)
+        if case.config.objective.name == "mlm":  # the head sees masked positions alone, as lmx's does
+            hidden = model.base_model(**inputs).last_hidden_state
+            logits, wanted = model.cls(hidden.flatten(0, 1)[predicted]), targets[predicted]
+        else:
+            logits, wanted = model(**inputs).logits.flatten(0, 1), targets
+        return torch.nn.functional.cross_entropy(logits.float(), wanted)
 
     compute = torch.compile(loss_of) if system == "compiled" else loss_of
     half = case.config.model.dtype == "bfloat16"

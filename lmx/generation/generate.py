@@ -76,7 +76,8 @@ def generate(
       pad_id: fills what is not a token.
       decoder_start_id: what an encoder-decoder's decoder starts from.
       bidirectional_prompt: prompt tokens see each other in both directions (prefix LM).
-      seed: of the random draws. Row i's draws are those of its own place, whatever the other rows are.
+      seed: of the random draws. Row i's draws are those of its own place, whatever the other rows are; with a draft
+        only as long as the rows are the same, as how far all go at a time is up to each of them.
       draft: a model that proposes tokens, so that several can be had of one pass of ``model``. It changes how many
         passes there are and not how likely a text is: of the likeliest tokens all are the same, of random ones others.
       int8_cache: keep keys and values in eight bits: of a model in float32 a quarter of their memory, at some error.
@@ -170,7 +171,7 @@ def _check_beams(num_beams: int, temperature: float, draft: Draft | None) -> Non
     if num_beams < 1:
         raise LmxError(f"num_beams must be at least 1, not {num_beams}.")
     if num_beams > 1 and (temperature or draft is not None):
-        raise LmxError("several beams look for the likeliest text: leave temperature at 0 and draft out, or num_beams.")
+        raise LmxError("several beams look for the likeliest text: set temperature=0 and no draft, or num_beams=1.")
 
 
 def _check_draft(config: Model, draft: Draft) -> None:
@@ -192,8 +193,8 @@ def _check_draft(config: Model, draft: Draft) -> None:
     for model, name in ((config, "model"), (theirs, "draft")):
         if model.experts.num_experts and model.experts.eval_capacity_factor:
             raise LmxError(
-                f"the {name}'s experts drop tokens beyond their capacity, which several at a time would change; set "
-                "model.experts.eval_capacity_factor=0, or generate without a draft."
+                f"the {name}'s experts drop tokens beyond their capacity, which several at a time would change; "
+                "generate without a draft, or with models whose model.experts.eval_capacity_factor is 0."
             )
 
 

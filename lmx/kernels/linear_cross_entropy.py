@@ -239,8 +239,8 @@ def _over_shards(x, like):
 
 
 def _scaled(scoring, gradients, cotangents):
-    by_loss = cotangents[0]  # nll and right are handed out without a gradient
-    return *jax.tree.map(lambda x: x * by_loss.astype(x.dtype), gradients), None, None
+    by_loss = cotangents[0]  # in float32, as a loss by its weight would lose digits; nll and right have no gradient
+    return *jax.tree.map(lambda x: (x * by_loss).astype(x.dtype), gradients), None, None
 
 
 _scores.defvjp(_scores_and_gradients, _scaled, symbolic_zeros=True)

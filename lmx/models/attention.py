@@ -49,10 +49,13 @@ class Cache:
         return _turned(stored if self.has_rows else stored[None])
 
 
-def attention_form(config: Model, rows: int, length: int, has_prefix: bool = False) -> kernels.Choice:
-    """The form that self-attention has in training, on the current layout's devices, for so many rows of a length.
+def attention_form(
+    config: Model, rows: int, length: int, context: int | None = None, has_prefix: bool = False
+) -> kernels.Choice:
+    """The form that attention has in training, on the current layout's devices, for so many rows of a length.
 
     Args:
+      context: the length of what cross-attention reads; none is self-attention.
       has_prefix: rows begin with tokens that all see each other.
 
     Raises:
@@ -61,11 +64,11 @@ def attention_form(config: Model, rows: int, length: int, has_prefix: bool = Fal
     case = kernels.Case(
         rows,
         length,
-        length,
+        context or length,
         config.num_heads,
         config.head_dim or config.embed_dim // config.num_heads,
         config.dtype,
-        has_bias=config.position == "relative",
+        has_bias=config.position == "relative" and context is None,
         has_dropout=config.attention_dropout > 0,
         has_prefix=has_prefix,
     )

@@ -7,7 +7,6 @@ change with micro-batches, devices or hosts.
 
 import dataclasses
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -49,8 +48,7 @@ class ExpertForm:
 
 def expert_form(config: Model, train: bool = True) -> ExpertForm:
     """The form that a model's experts have on the current layout's devices, in training or else."""
-    experts = config.experts
-    if experts.capacity or (experts.capacity_factor if train else experts.eval_capacity_factor):
+    if config.experts.slots(1, train):
         return ExpertForm("slots")
     layout = current_layout()
     if current_platform() not in ("gpu", "tpu"):
@@ -83,12 +81,6 @@ class Routing:
     load_balance: Float[Array, " batch"]
     router_z: Float[Array, " batch"]
     dropped: Float[Array, " batch"]
-
-
-def expert_capacity(length: int, num_experts: int, capacity_factor: float) -> int:
-    """Slots of an expert in a row: tokens / experts * capacity factor (equation 3), rounded up, at least one."""
-    slots = round(length / num_experts * capacity_factor, 6)  # 100 / 10 * 1.1 is 11, not 11.000000000000002
-    return min(length, max(1, math.ceil(slots)))
 
 
 def route(
@@ -188,7 +180,7 @@ class SwitchFeedForward(nn.Module):
         self, x: Float[Array, "batch length embed"], segments: Int[Array, "batch length"], train: bool = False
     ) -> Float[Array, "batch length embed"]:
         config = self.config
-        capacity = self._capacity(x.shape[1], train)
+        capacity = self.config.experts.slots(x.shape[1], train)
         routing = self._route(x, segments, capacity, train)
         dtype = jnp.dtype(config.dtype)
         x, gates = x.astype(dtype), routing.gates.astype(dtype)
@@ -239,14 +231,6 @@ class SwitchFeedForward(nn.Module):
         axes = ("experts", "mlp", "embed")
         output = ExpertProjection(config, config.embed_dim, axes, residual_scale(config), name="out")(hidden, sizes)
         return constrain(output, *names, None)
-
-    def _capacity(self, length, train):
-        """Slots of each expert; 0 is no limit."""
-        experts = self.config.experts
-        factor = experts.capacity_factor if train else experts.eval_capacity_factor
-        if experts.capacity or not factor:
-            return min(experts.capacity, length)
-        return expert_capacity(length, experts.num_experts, factor)
 
     def _route(self, x, segments, capacity, train):
         """Router in float32, whatever the compute type (section 2.4)."""

@@ -24,7 +24,7 @@ def gelu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
 
 @jax.custom_vjp
 def relu(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """``max(x, 0)``, whose gradient at 0 is 0. Backward goes by the result, which the next product keeps anyway."""
+    """``max(x, 0)``, whose gradient at 0 is 0. Backward goes by the result, which the next product keeps as well."""
     return jnp.maximum(x, 0)
 
 

@@ -99,10 +99,12 @@ class Experiment:
           ConfigError: ``model.attention`` asks for one that cannot be had.
         """
         rows = self.split.rows_per_device * batch_shards(self.mesh)
-        stacks = {name: length for name, length in self.objective.lengths.items() if name.endswith("tokens")}
+        read = [(length, None) for name, length in self.objective.lengths.items() if name.endswith("tokens")]
+        if self.config.model.architecture == "encoder_decoder":
+            read.append((self.objective.lengths["decoder_tokens"], self.objective.lengths["encoder_tokens"]))
+        has_prefix = self.config.objective.name == "prefix_lm"
         with use_layout(self.layout):
-            has_prefix = self.config.objective.name == "prefix_lm"
-            forms = [attention_form(self.config.model, rows, length, has_prefix) for length in stacks.values()]
+            forms = [attention_form(self.config.model, rows, *lengths, has_prefix) for lengths in read]
         return list(dict.fromkeys(forms))
 
     def forms(self) -> dict[str, str]:

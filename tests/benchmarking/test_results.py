@@ -75,6 +75,8 @@ def test_the_table_and_the_page_show_goals_and_errors(tmp_path):
     write_html(tmp_path / "page.html", results())
     page = (tmp_path / "page.html").read_text()
     assert "<rect" in page and "eager 4.5 s" in page
+    assert "<td>sparse: ratio</td><td>3</td><td></td><td>2</td>" in page
+    assert "<td>broken: eager</td><td>–</td><td>ValueError: [no] such thing</td>" in page
     results().write_json(tmp_path / "rows.json")
     assert json.loads((tmp_path / "rows.json").read_text())["machine"]["jax"] == "0"
 

@@ -10,7 +10,7 @@ from tests.end_to_end.conftest import lmx
 @pytest.mark.slow
 def test_the_gpu_suite_can_be_tried_without_one(tmp_path):
     path, page = tmp_path / "rows.json", tmp_path / "page.html"
-    done = lmx("bench", "--suite", "gpu", "--json", path, "--html", page, timeout=900)
+    done = lmx("bench", "--suite", "gpu", "--json", path, "--html", page, timeout=1800)
     assert "no GPU here" in done.stdout and "train gpt2 124m" in done.stdout and page.is_file()
     rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
     assert not [name for name, row in rows.items() if row["value"] is None]  # nobody failed
@@ -31,5 +31,8 @@ def test_the_gpu_suite_can_be_tried_without_one(tmp_path):
 def test_what_cannot_be_measured_is_said_before_anything_is(tmp_path):
     done = lmx("bench", "--json", tmp_path / "no" / "rows.json", check=False)
     assert done.returncode == 2 and "there is no folder" in done.stderr
-    done = lmx("bench", "--only", "gpt9", check=False)
-    assert done.returncode == 2 and "no case of suite 'cpu'" in done.stderr and "train gpt2 small" in done.stderr
+    (file := tmp_path / "file").touch()
+    done = lmx("bench", "--profile", file / "traces", check=False)
+    assert done.returncode == 2 and f"{file} is a file" in done.stderr
+    done = lmx("bench", "--suite", "cpu", "--only", "gpt9", check=False)
+    assert done.returncode == 2 and "no case of cpu" in done.stderr and "train gpt2 small" in done.stderr

@@ -116,6 +116,16 @@ def test_bfloat16_is_multiplied_in_bfloat16_and_summed_in_float32(tied):
         np.testing.assert_allclose(np.float64(found), wanted, atol=0.01 * abs(wanted).max())
 
 
+def test_a_factor_of_the_loss_keeps_its_digits_in_16_bits():
+    """In bfloat16 1.3 would be 1.297 for every gradient, and beside another loss this one's weight would be another."""
+    head, targets, weights = layer(np.random.default_rng(0), 2, 32, 64, 100, dtype=jnp.bfloat16)
+    _, alone = with_gradients(linear_cross_entropy, head, targets, weights)
+    _, scaled = with_gradients(linear_cross_entropy, head, targets, weights, factor=1.3)
+    for one, many in zip(alone, scaled, strict=True):
+        ratio = abs(np.float64(many)).sum() / abs(np.float64(one)).sum()
+        assert ratio == pytest.approx(1.3, rel=5e-4)
+
+
 @pytest.mark.parametrize("function", [linear_cross_entropy, linear_cross_entropy_reference])
 def test_no_id_is_likelier_than_one_that_is_right(function):
     head = Unembedding(jnp.array([[[1.0], [1.0], [1.0], [0.0]]]), jnp.array([[1.0], [2.0], [2.0]]))

@@ -10,7 +10,7 @@ import pytest
 
 from lmx.config import Experts, Mesh
 from lmx.models import experts
-from lmx.models.experts import SwitchFeedForward, expert_capacity, expert_form, route
+from lmx.models.experts import SwitchFeedForward, expert_form, route
 from lmx.models.feed_forward import FeedForward
 from lmx.parallel.sharding import Layout, use_layout
 from tests.models.reference import randomized, small, softmax
@@ -145,7 +145,7 @@ def test_perfect_balance_costs_one():
     ],
 )
 def test_capacity_is_equation_3(length, experts, factor, slots):
-    assert expert_capacity(length, experts, factor) == slots
+    assert Experts(num_experts=experts, capacity_factor=factor).slots(length, train=True) == slots
 
 
 def layer(train_factor=8.0, eval_factor=8.0, seed=0, **fields):

@@ -106,6 +106,13 @@ def test_what_is_offloaded_takes_none_of_the_devices_memory():
     assert offloaded.memory.total == estimated.memory.total - estimated.memory.optimizer
 
 
+def test_attention_across_stacks_is_named_too():
+    settings = ("model.dropout=0", "model.attention_dropout=0", "model.dtype=bfloat16", "model.head_dim=128")
+    forms = estimate("t5.py:base", *settings).program.experiment.attention_forms()
+    assert [form.name for form in forms] == ["plain", "cudnn"]  # a bias by distance takes some of a head's width
+    assert "at most 112 wide" in forms[0].reason
+
+
 def test_the_attention_that_is_named_is_the_one_that_rows_with_a_prefix_get():
     settings = ("model.dropout=0", "model.attention_dropout=0", "model.dtype=bfloat16")
     plain = estimate("t5.py:base", *settings).program.experiment.attention_forms()

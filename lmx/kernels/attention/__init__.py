@@ -84,8 +84,8 @@ def choose(asked: str, case: Case) -> Choice:
         reason = _lacks(fused, case)
     if asked == "flash" and reason:
         raise ConfigError(
-            f"model.attention='flash' cannot be had: {reason}. Change that, or set model.attention='auto', which takes "
-            "the fastest form there is and says which."
+            f"model.attention='flash' cannot be had: {reason}. Set model.attention='auto', which takes the fastest "
+            "form there is and says which."
         )
     if asked != "blockwise" and fused is not None and not reason:
         return Choice(fused)
