@@ -1,6 +1,7 @@
 """``lmx bench``: runs a suite, prints its table and writes what is asked for."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +11,8 @@ from lmx.benchmarking.measure import matmul_peak, measure, systems
 from lmx.benchmarking.show import Results, machine, print_table, write_html
 from lmx.errors import ConfigError, LmxError
 from lmx.paths import check_output, check_output_folder
+
+BUSY = 0.25  # load of a core, from which another's work shows in what is measured
 
 
 def bench(
@@ -38,6 +41,7 @@ def bench(
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise LmxError(f"lmx bench needs {' and '.join(missing)} to compare with: pip install 'lmx[bench]'.")
+    load = os.getloadavg()[0]
     with systems(SYSTEMS) as workers, console.status("starting") as status:
         about = {name: value for worker in workers.values() for name, value in worker.ask("about").items()}
         platform = "cpu" if about["platform"] == "cpu" else "gpu"
@@ -48,6 +52,12 @@ def bench(
         if suite != platform:
             about["no GPU here"] = "the suite runs at small sizes, and its figures mean nothing"
             console.print(f"[yellow]no GPU here[/]: {about['no GPU here']}")
+        about["load before"] = f"{load:.1f}"
+        if load > int(about["cores"]) * BUSY:
+            console.print(
+                f"[yellow]this machine was busy[/] lately (load {load:.1f}, {about['cores']} cores); if that "
+                "goes on, PyTorch's threads will wait for each other far longer than lmx's, and ratios mean little"
+            )
         results = Results(suite, machine(about), matmul_peak(workers, platform))
         try:
             for case in chosen:

@@ -21,7 +21,7 @@ def test_the_gpu_suite_can_be_tried_without_one(tmp_path):
     assert all(0 < rows[f"{name}: lmx, MFU"]["value"] < 1 for name in trained)
     for name in set(trained) - {"train gpt2 1558m"}:  # two of that size do not fit on one card: it has no peer
         ours, theirs = (rows[f"{name}: {system}, result"]["value"] for system in ("lmx", "eager"))
-        assert ours == pytest.approx(theirs, rel=1e-4), name  # the first step's loss, of equal parameters and batches
+        assert ours == pytest.approx(theirs, rel=1e-5), name  # the first step's loss, of equal parameters and batches
         assert rows[f"{name}: ratio"]["ratio"] > 0
     for rows_of_prompts in (1, 8, 64):
         made = rows[f"generate gpt2 124m, batch {rows_of_prompts}: lmx, result"]["value"]
