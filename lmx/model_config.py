@@ -102,7 +102,9 @@ class Model:
     num_kv_heads: int | None = option(None, "Key/value heads: none is num_heads, 1 is multi-query.", low=1)
     head_dim: int | None = option(None, "Width of a head; none: embed_dim / num_heads.", low=1)
     mlp_dim: int = option(3072, "Width of the feed-forward's hidden layer.", low=1)
-    max_length: int = option(1024, "Positions a learned table holds, which rows must fit; samples while training end there.", low=1)
+    max_length: int = option(
+        1024, "Positions a learned table holds, which rows must fit; samples of a run end there.", low=1
+    )
 
     norm_position: str = option("pre", "LayerNorm before (pre) or after (post) the sum.", choices=("pre", "post"))
     norm: str = option("layernorm", "Kind of normalization.", choices=("layernorm", "rmsnorm"))
