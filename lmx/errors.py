@@ -31,15 +31,18 @@ class TrainingError(LmxError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the known name closest to ``name``, or the whole list."""
+    return suggestion(name, known := list(known)) or f"; known: {', '.join(sorted(known))}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the known name closest to ``name``, if any is close."""
     known, leaf = sorted(known), name.rsplit(".", 1)[-1]
     elsewhere = [other for other in known if other.rsplit(".", 1)[-1] == leaf]  # `optimizer.steps` is `train.steps`
     matches = difflib.get_close_matches(name, elsewhere or known, n=1, cutoff=0.0 if elsewhere else 0.5)
     if not matches:  # misspelt and in the wrong section: compare the last words alone
         last = {other.rsplit(".", 1)[-1]: other for other in known}
         matches = [last[m] for m in difflib.get_close_matches(leaf, last, n=1, cutoff=0.6)]
-    if matches:
-        return f"; did you mean {matches[0]!r}?"
-    return f"; known: {', '.join(known)}"
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> LmxError:

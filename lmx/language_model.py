@@ -279,9 +279,8 @@ class LanguageModel:
 
         Each output of a kernel and each row of a table has a scale. It cannot be saved; it is soon made again.
         """
-        if is_quantized(self.params):
-            return self
-        return dataclasses.replace(self, params=quantize_params(self.model, self.params))
+        done = is_quantized(self.params)
+        return self if done else dataclasses.replace(self, params=quantize_params(self.model, self.params))
 
     def save(
         self, path: str | os.PathLike, format: str = "lmx", progress: Callable[[str, int], None] = lambda *_: None

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import config_dict as mlcd
 
-from lmx.errors import ConfigError, nearest
+from lmx.errors import ConfigError, nearest, suggestion
 
 
 def option(default: Any, meaning: str, *, choices: tuple = (), low: float | None = None, high: float | None = None):
@@ -129,9 +129,8 @@ def _checked(name: str, field: dataclasses.Field, value: Any) -> Any:
     low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
     for item in value if isinstance(value, tuple) else (value,):
         if choices and item not in choices:
-            meant = nearest(str(item), choices)
-            meant = meant if "did you mean" in meant else "."
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {item!r}{meant}")
+            meant = suggestion(str(item), choices)
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {item!r}{meant or '.'}")
         if (low is not None and not item >= low) or (high is not None and not item <= high):  # nan is neither
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             raise ConfigError(f"{name} must be {bounds}, not {item!r}. {meaning}")

@@ -49,15 +49,10 @@ def bench(
         if (suite, platform) == ("cpu", "gpu"):
             raise ConfigError("--suite cpu measures the processor, and there is a GPU: set JAX_PLATFORMS=cpu.")
         chosen = _chosen(suite, platform, only)
+        about["load before"] = f"{load:.1f}"
         if suite != platform:
             about["no GPU here"] = "the suite runs at small sizes, and its figures mean nothing"
-            console.print(f"[yellow]no GPU here[/]: {about['no GPU here']}")
-        about["load before"] = f"{load:.1f}"
-        if load > int(about["cores"]) * BUSY:
-            console.print(
-                f"[yellow]this machine was busy[/] lately (load {load:.1f}, {about['cores']} cores); if that "
-                "goes on, PyTorch's threads will wait for each other far longer than lmx's, and ratios mean little"
-            )
+        _tell_of_doubts(about, load, console)
         results = Results(suite, machine(about), matmul_peak(workers, platform))
         try:
             for case in chosen:
@@ -76,6 +71,17 @@ def bench(
     for path in filter(None, (json, html)):
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
     return results
+
+
+def _tell_of_doubts(about: dict[str, str], load: float, console: Console) -> None:
+    """Says what the figures will be worth, if it is less than it should be."""
+    if why := about.get("no GPU here"):
+        console.print(f"[yellow]no GPU here[/]: {why}")
+    if load > int(about["cores"]) * BUSY:
+        console.print(
+            f"[yellow]this machine was busy[/] lately (load {load:.1f}, {about['cores']} cores); if that goes on, "
+            "PyTorch's threads will wait for each other far longer than lmx's, and ratios mean little"
+        )
 
 
 def _chosen(suite: str | None, platform: str | None, only: str) -> list[Case]:
