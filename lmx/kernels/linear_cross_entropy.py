@@ -6,26 +6,24 @@ hand: nothing is computed twice, and backward only scales what is there, since t
 a GPU kernel is Hsu et al. 2024 (Liger Kernel), section 3.2.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
+from lmx.kernels.chunks import CHUNK, CHUNK_LOGITS, in_chunks, in_chunks_that_count
 from lmx.kernels.cross_entropy import cross_entropy_reference, scores, scores_and_gradient, vocab_is_split
 from lmx.kernels.int8 import Quantized, dense
 from lmx.kernels.products import product_by_rows
-from lmx.parallel.sharding import constrain, current_layout, current_platform
+from lmx.parallel.sharding import constrain, current_platform
 
-# Most logits of a chunk on a device, 256 MiB; with fewer, products are smaller and gradients are summed more often. A
-# GPU computes as many as 256 MiB hold in the time that it takes to write them and the sums a few times.
-CHUNK_LOGITS = 1 << 26
+# Most logits of a chunk on a GPU, which computes as many as CHUNK_LOGITS in the time that it takes to write them and
+# the sums a few times.
 GPU_CHUNK_LOGITS = 1 << 28
 GPU_VOCAB = 128  # what the vocabulary is a multiple of in a GPU's products, whose rows then all begin alike
-CHUNK = ("batch", None, "length", None)  # logical names of a chunk's dimensions, but the last
 
 
 @struct.dataclass
@@ -59,6 +57,8 @@ class TokenScores:
       loss: the weighted sum of the tokens' cross-entropies, in nats. It alone has a gradient.
       nll: the cross-entropy of each token, in nats.
       right: at each place, whether no id is likelier than the target, and not all are equally likely.
+
+    Where weights are sparse and this one is zero, ``nll`` and ``right`` may be zero and false.
     """
 
     loss: Float[Array, ""]
@@ -73,6 +73,7 @@ def linear_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    sparse: bool = False,
     chunk_logits: int | None = None,
 ) -> TokenScores:
     """Scores predictions of ``targets``, as :func:`lmx.kernels.cross_entropy.cross_entropy` of all logits would.
@@ -82,18 +83,19 @@ def linear_cross_entropy(
       targets: the right ids.
       weights: what each token counts; they get no gradient.
       label_smoothing, z_loss: see :func:`lmx.kernels.cross_entropy.cross_entropy`.
+      sparse: many weights may be zero, and where they are nothing need be computed
+        (:func:`lmx.kernels.chunks.in_chunks_that_count`).
       chunk_logits: most logits that a device holds at a time, if one place of each of its rows has no more; none: 2^26,
         or 2^28 of a GPU.
     """
     vocab_size = unembedding.kernel.shape[0 if unembedding.tied else 1]
     on_gpu = current_platform() == "gpu"
-    chunks = Chunks.of(*targets.shape, vocab_size, chunk_logits or (GPU_CHUNK_LOGITS if on_gpu else CHUNK_LOGITS))
     added = -vocab_size % GPU_VOCAB if on_gpu and not vocab_is_split() else 0
-    scoring = _Scoring(unembedding.tied, label_smoothing, z_loss, vocab_size, added)
-    hidden, targets, weights = map(chunks.split, (unembedding.hidden, targets, weights))
+    limit = chunk_logits or (GPU_CHUNK_LOGITS if on_gpu else CHUNK_LOGITS)
+    scoring = _Scoring(unembedding.tied, label_smoothing, z_loss, vocab_size, added, limit, sparse)
     kernel = dense(unembedding.kernel, unembedding.hidden.dtype)
-    loss, nll, right = _scores(scoring, hidden, kernel, unembedding.bias, targets, weights)
-    return TokenScores(loss, *(jax.lax.stop_gradient(chunks.join(x)) for x in (nll, right)))
+    loss, nll, right = _scores(scoring, unembedding.hidden, kernel, unembedding.bias, targets, weights)
+    return TokenScores(loss, jax.lax.stop_gradient(nll), jax.lax.stop_gradient(right))
 
 
 def linear_cross_entropy_reference(
@@ -112,57 +114,14 @@ def linear_cross_entropy_reference(
     return TokenScores(jnp.sum(nll * weights), jax.lax.stop_gradient(nll), right)
 
 
-@dataclasses.dataclass(frozen=True)
-class Chunks:
-    """How [batch, length] is cut: every device goes through its own rows, some of their places at a time.
-
-    A chunk is [shards of rows, rows, shards of places, places, ...]: what a device holds stays where it is, and a sum
-    over the batch can wait until all chunks have been seen.
-    """
-
-    batch: int
-    length: int
-    row_shards: int
-    place_shards: int
-    count: int
-    places: int
-
-    @classmethod
-    def of(cls, batch: int, length: int, vocab_size: int, limit: int) -> "Chunks":
-        """As few chunks as keep a device's logits of one within ``limit``, but never one of more than
-        :data:`CHUNK_LOGITS`."""
-        layout = current_layout()
-        shards = (1, 1, 1)
-        if layout is not None:
-            split = layout.activation_axes(("batch", "length", "vocab"), (batch, length, vocab_size))
-            shards = tuple(map(layout.devices_along, split))
-        row_shards = shards[0] if batch % shards[0] == 0 else 1
-        own_length = -(-length // shards[1])
-        own_logits = batch // row_shards * -(-vocab_size // shards[2])  # of one place of each row
-        count = -(-own_length // max(1, limit // own_logits))
-        count = max(count, 2 if own_length * own_logits > CHUNK_LOGITS else 1)
-        places = -(-own_length // count)  # about as many in each chunk, so that little is padding
-        return cls(batch, length, row_shards, shards[1], -(-own_length // places), places)
-
-    def split(self, x: Shaped[Array, "batch length ..."]) -> Shaped[Array, "chunks ..."]:
-        """All chunks; places that are added hold zeros."""
-        more = self.place_shards * self.count * self.places - self.length
-        x = jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)])
-        x = x.reshape(self.row_shards, -1, self.place_shards, self.count, self.places, *x.shape[2:])
-        return constrain(jnp.moveaxis(x, 3, 0), None, *CHUNK, *[None] * (x.ndim - 5))
-
-    def join(self, x: Shaped[Array, "chunks ..."]) -> Shaped[Array, "batch length ..."]:
-        """The inverse of :meth:`split`."""
-        x = jnp.moveaxis(x, 0, 3)
-        return x.reshape(self.batch, -1, *x.shape[5:])[:, : self.length]
-
-
 class _Scoring(NamedTuple):
     tied: bool
     label_smoothing: float
     z_loss: float
     vocab_size: int
     added: int  # logits of no id, so that rows of them are as long as suits a GPU
+    chunk_logits: int  # at most
+    sparse: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -176,7 +135,10 @@ def _scores(scoring, hidden, kernel, bias, targets, weights):
         nll, right = scores(logits, targets, scoring.label_smoothing, scoring.z_loss, scoring.vocab_size)
         return loss + jnp.sum(nll * weights), (nll, right)
 
-    loss, (nll, right) = jax.lax.scan(body, jnp.zeros(()), (hidden, targets, weights))
+    def through(chunks):
+        return jax.lax.scan(body, jnp.zeros(()), chunks)
+
+    loss, (nll, right) = _in_chunks(scoring, through, hidden, targets, weights)
     return loss, nll, right
 
 
@@ -206,16 +168,24 @@ def _scores_and_gradients(scoring, hidden, kernel, bias, targets, weights):
         sums = (jnp.sum(nll * weights), of_kernel, of_bias)
         return sums, (nll, right, constrain(of_x, *CHUNK, None))
 
-    sums, outputs = _summed(body, (hidden, targets, weights))
-    loss, of_kernel, of_bias = sums
-    nll, right, of_hidden = outputs
-    if of_kernel is not None:  # until backward uses it, in parts as the parameter is
-        of_kernel = _over_shards(of_kernel, kernel)
-        of_kernel = constrain(of_kernel[:, : scoring.vocab_size], "embed", "vocab")
-        of_kernel = of_kernel.T if scoring.tied else of_kernel
-    if of_bias is not None:
-        of_bias = _over_shards(of_bias, bias)[: scoring.vocab_size]
+    def through(chunks):
+        (loss, of_kernel, of_bias), outputs = _summed(body, chunks)
+        if of_kernel is not None:  # until backward uses it, in parts as the parameter is
+            of_kernel = _over_shards(of_kernel, kernel)
+            of_kernel = constrain(of_kernel[:, : scoring.vocab_size], "embed", "vocab")
+            of_kernel = of_kernel.T if scoring.tied else of_kernel
+        if of_bias is not None:
+            of_bias = _over_shards(of_bias, bias)[: scoring.vocab_size]
+        return (loss, of_kernel, of_bias), outputs
+
+    (loss, of_kernel, of_bias), (nll, right, of_hidden) = _in_chunks(scoring, through, hidden, targets, weights)
     return (loss, nll, right), (of_hidden, of_kernel, of_bias)
+
+
+def _in_chunks(scoring, compute, hidden, targets, weights):
+    """The sums, and what there is of each place, that ``compute`` finds of chunks."""
+    go = in_chunks_that_count if scoring.sparse else in_chunks
+    return go(compute, scoring.vocab_size, scoring.chunk_logits, hidden, targets, weights)
 
 
 def _summed(body, chunks):

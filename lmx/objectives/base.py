@@ -88,11 +88,16 @@ class Objective(abc.ABC):
 
 
 class TokenObjective(Objective):
-    """An objective whose loss is the mean cross-entropy of single tokens."""
+    """An objective whose loss is the mean cross-entropy of single tokens.
+
+    Attributes:
+      sparse: many of the tokens may weigh nothing, such as those of rows that are shorter than others.
+    """
 
     label_smoothing: float
     z_loss: float
     weights_name = "weights"
+    sparse: bool
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         return {"loss": jnp.sum(batch[self.weights_name])}
@@ -111,7 +116,9 @@ class TokenObjective(Objective):
         """
         smoothing, z_loss = (self.label_smoothing, self.z_loss) if train else (0.0, 0.0)
         with jax.named_scope("cross_entropy"):
-            scores = linear_cross_entropy(head, targets, weights, label_smoothing=smoothing, z_loss=z_loss)
+            scores = linear_cross_entropy(
+                head, targets, weights, label_smoothing=smoothing, z_loss=z_loss, sparse=self.sparse
+            )
         weight = jnp.sum(weights)
         terms = {"loss": (scores.loss, weight), "accuracy": (jnp.sum(scores.right * weights), weight)}
         return terms | self.by_source(scores.nll, weights, sources), scores.right

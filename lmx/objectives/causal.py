@@ -24,6 +24,7 @@ class Causal(TokenObjective):
         # Rows hold one token more than the model reads: the target of the last position, seen again as an input
         # at the start of the next row.
         self.cut = Cut(length=self.length + 1, overlap=1, before=(start,), packing=config.data.packing)
+        self.sparse = not config.data.packing
         names = ("tokens", "targets", "weights", "segments", "positions")
         self.lengths = dict.fromkeys(names, self.length)
         self.label_smoothing, self.z_loss = config.objective.label_smoothing, config.objective.z_loss

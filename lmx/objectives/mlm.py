@@ -61,6 +61,7 @@ class MaskedLanguageModel(TokenObjective):
             names.append("token_types")
         else:
             self.cut = Cut(length=length, split=False, before=self.cls, after=self.sep, packing=config.data.packing)
+        self.sparse = not self.cut.packing
         self.lengths = dict.fromkeys(names, length)
 
     def view(self, row: dict[str, np.ndarray], rng: np.random.Generator, sample: Sample) -> Example:

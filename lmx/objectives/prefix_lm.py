@@ -18,6 +18,7 @@ class PrefixLM(Causal):
     def __init__(self, config: Config, tokenizer: Tokenizer):
         super().__init__(config, tokenizer)
         self.lengths["prefix"] = self.length
+        self.sparse = True  # nobody predicts the prefixes
         self.dynamic = config.objective.dynamic_masks
 
     def view(self, row: dict[str, np.ndarray], rng: np.random.Generator, sample: Sample) -> Example:

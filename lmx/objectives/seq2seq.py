@@ -34,6 +34,7 @@ class EncoderDecoderObjective(TokenObjective):
         purpose = f"objective {config.objective.name!r}"
         self.eos = special_id(tokenizer, ("eos", "sep"), purpose)
         self.start = special_id(tokenizer, ("pad", "bos", "eos"), purpose)
+        self.sparse = not config.data.packing
         self.label_smoothing, self.z_loss = config.objective.label_smoothing, config.objective.z_loss
 
     def set_lengths(self, encoder: int, decoder: int) -> None:

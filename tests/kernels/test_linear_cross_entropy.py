@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from lmx.config import Mesh
-from lmx.kernels import cross_entropy
+from lmx.kernels import chunks, cross_entropy
 from lmx.kernels import linear_cross_entropy as last_layer
 from lmx.kernels.linear_cross_entropy import Unembedding, linear_cross_entropy, linear_cross_entropy_reference
 from lmx.parallel.sharding import Layout, as_spec, constrain, use_layout
 from lmx.planning.collectives import find_collectives
 
 
-def layer(rng, batch, length, embed, vocab, tied=True, bias=True, dtype=jnp.float32):
-    """A last layer, targets and weights."""
+def layer(rng, batch, length, embed, vocab, tied=True, bias=True, dtype=jnp.float32, counting=0.8):
+    """A last layer, targets and weights, of which about that part is not zero."""
     shape = (vocab, embed) if tied else (embed, vocab)
     hidden, kernel = rng.standard_normal((batch, length, embed)), rng.standard_normal(shape)
     bias = jnp.asarray(rng.standard_normal(vocab), jnp.float32) if bias else None
-    weights = rng.random((batch, length)) * (rng.random((batch, length)) < 0.8)
+    weights = rng.random((batch, length)) * (rng.random((batch, length)) < counting)
     found = Unembedding(jnp.asarray(hidden, dtype), jnp.asarray(kernel, dtype), bias, tied)
     targets = jnp.asarray(rng.integers(vocab, size=(batch, length)), jnp.int32)
     return found, targets, jnp.asarray(weights, jnp.float32)
@@ -105,6 +105,48 @@ def test_equals_the_definition_whatever_the_shapes_and_chunks(examples):
     check()
 
 
+@pytest.mark.parametrize("examples", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_sparse_weights_change_nothing_that_counts(examples):
+    @settings(max_examples=examples, deadline=None)
+    @given(st.data())
+    def check(data):
+        batch, length, embed, vocab, chunk = (data.draw(st.integers(1, most)) for most in (4, 9, 6, 20, 300))
+        tied, bias = data.draw(st.booleans()), data.draw(st.booleans())
+        rng = np.random.default_rng(data.draw(st.integers(0, 100)))
+        counting = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+        head, targets, weights = layer(rng, batch, length, embed, vocab, tied, bias, counting=counting)
+        loss, nll, right, expected = by_definition(head, targets, weights, 0.1, 0.01)
+        options = {"label_smoothing": 0.1, "z_loss": 0.01, "sparse": True}
+        scores, gradients = with_gradients(
+            linear_cross_entropy, head, targets, weights, factor=-3.0, chunk_logits=chunk, **options
+        )
+        alone = linear_cross_entropy(head, targets, weights, chunk_logits=chunk, **options)
+        counts = np.asarray(weights) > 0
+        for found in (scores, alone):
+            np.testing.assert_allclose(found.loss, loss, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(found.nll[counts], nll[counts], rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(found.right[counts], right[counts])
+        for found, wanted in zip(gradients, expected, strict=False):
+            np.testing.assert_allclose(found, -3.0 * wanted, rtol=1e-4, atol=1e-4)
+
+    check()
+
+
+@pytest.mark.parametrize("count", [8, 40, 64])
+def test_where_weights_are_sparse_what_does_not_count_is_not_computed(count):
+    """Else what is no number there would be in the gradient of the kernel."""
+    head, targets, _ = layer(np.random.default_rng(0), 4, 16, 8, 100)
+    counts = np.zeros(64, bool)
+    counts[np.random.default_rng(1).permutation(64)[:count]] = True
+    counts = counts.reshape(4, 16)
+    weights = jnp.asarray(counts, jnp.float32)
+    head = head.replace(hidden=jnp.where(counts[..., None], head.hidden, jnp.nan))
+    scores, gradients = with_gradients(linear_cross_entropy, head, targets, weights, sparse=True)
+    assert all(np.isfinite(x).all() for x in (scores.loss, scores.nll, *gradients))
+    assert not scores.nll[~counts].any() and not gradients[0][~counts].any()
+    assert gradients[0][counts].any(axis=-1).all()
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_bfloat16_is_multiplied_in_bfloat16_and_summed_in_float32(tied):
     head, targets, weights = layer(np.random.default_rng(0), 2, 32, 64, 100, tied, dtype=jnp.bfloat16)
@@ -152,9 +194,9 @@ def test_the_program_never_holds_all_logits(gradient):
 
 
 def test_a_chunk_is_never_all_of_a_large_batch(monkeypatch):
-    monkeypatch.setattr(last_layer, "CHUNK_LOGITS", 4 * 8 * 100)
-    assert last_layer.Chunks.of(4, 8, 100, limit=10**6).count == 1
-    assert last_layer.Chunks.of(4, 8, 101, limit=10**6).count == 2
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", 4 * 8 * 100)
+    assert chunks.Chunks.of(4, 8, 100, limit=10**6).count == 1
+    assert chunks.Chunks.of(4, 8, 101, limit=10**6).count == 2
 
 
 def test_a_frozen_kernel_gets_no_gradient_and_no_work():
@@ -200,7 +242,10 @@ def test_any_mesh_gives_the_same_and_sums_the_kernels_gradient_once(sizes, vocab
         rows = NamedSharding(layout.mesh, as_spec(layout.activation_axes(("batch", "length", None), head.hidden.shape)))
         parts = NamedSharding(layout.mesh, as_spec(layout.param_axes(("vocab", "embed"), head.kernel.shape)))
         placed = jax.device_put(head.hidden, rows), jax.device_put(head.kernel, parts)
-        for function, options in ((linear_cross_entropy_reference, {}), (linear_cross_entropy, {"chunk_logits": 200})):
+        for function, options in (
+            (linear_cross_entropy_reference, {}),
+            (linear_cross_entropy, {"chunk_logits": 200, "sparse": True}),
+        ):
             step = functools.partial(loss, function=function, **options)
             gradient = jax.jit(jax.value_and_grad(step, argnums=(0, 1)), out_shardings=(None, (rows, parts)))
             compiled = gradient.lower(*placed).compile()
