@@ -73,14 +73,21 @@ def start(workdir, processes, devices, *overrides):
     return running
 
 
-GLOO = re.compile(r"\[Gloo\]|connected peer ranks")  # its lines may be cut in two
+# What the collectives' library prints, piece by piece: another thread may write between any two of them.
+GLOO = re.compile(r"\[Gloo\] Rank |is connected to|peer ranks\.|Expected number of connected peer ranks is :")
+
+
+def said_by_lmx(out):
+    """The lines of an output that say anything, without Gloo's, of which a number alone may be left."""
+    return "\n".join(line for line in GLOO.sub("", out).splitlines() if re.search("[A-Za-z]", line))
 
 
 def finish(running, timeout=300):
-    """Exit status, output (without what the collectives' library has to say) and errors of each."""
+    """Exit status, what lmx said, and the errors of each."""
     ended = [process.communicate(timeout=timeout) for process in running]
-    said = ["\n".join(line for line in out.splitlines() if line and not GLOO.search(line)) for out, _ in ended]
-    return [(process.returncode, out, errors) for process, out, (_, errors) in zip(running, said, ended, strict=True)]
+    return [
+        (process.returncode, said_by_lmx(out), errors) for process, (out, errors) in zip(running, ended, strict=True)
+    ]
 
 
 def train(workdir, processes, devices, *overrides):
