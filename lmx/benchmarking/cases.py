@@ -9,6 +9,7 @@ SYSTEMS = {
     "lmx": "this library, jit on all devices",
     "eager": "PyTorch, transformers, SDPA attention, fused AdamW",
     "compiled": "the same through torch.compile",
+    "twin": "lmx at the dense model that does as many FLOPs a token as this sparse one",
 }
 PEERS = ("eager", "compiled")
 
@@ -25,7 +26,8 @@ class Case:
       goal: how many times as fast as the best peer lmx is to be, at least.
       utilization: the part of the measured peak of matrix products that lmx is to reach, at least.
       documents: what a row holds: "whole", one document; "padded", one that is shorter; "packed", several such.
-      against: another case, whose time lmx's is compared with too; ``at_most`` that many times as long, if it says.
+      twin: a dense model for a sparse one, at which lmx takes turns with the rest; ``at_most`` is how many times as
+        long the sparse one may take.
       prompts, prompt_length, new_tokens: of generation: how many prompts, and tokens of each and after each.
     """
 
@@ -36,7 +38,7 @@ class Case:
     goal: float | None = 1.0
     utilization: float | None = None
     documents: str = "whole"
-    against: str = ""
+    twin: Config | None = None
     at_most: float | None = None
     prompts: int = 0
     prompt_length: int = 64
@@ -80,14 +82,9 @@ def _cpu() -> list[Case]:
             Case(f"train bert {name} packed", "training", bert(size), systems, documents="packed"),
             Case(f"train t5 {name}", "training", t5(size), systems),
         ]
-    switch, dense = dataclasses.replace(base, layers=2), "train t5 of switch's shape"
-    small_switch = dataclasses.replace(small, layers=2)
     found += [
-        Case("train switch small", "training", t5(small_switch, experts=8), systems=("lmx", "eager")),
-        Case(dense, "training", t5(switch), systems=("lmx",)),
-        Case(
-            "train switch base-shaped", "training", t5(switch, experts=8), ("lmx", "eager"), against=dense, at_most=1.25
-        ),
+        switch("train switch small", dataclasses.replace(small, layers=2)),
+        switch("train switch base-shaped", dataclasses.replace(base, layers=2), at_most=1.25),
     ]
     decoder = gpt2(dataclasses.replace(base, layers=12, scan_layers=True))
     found += [
@@ -123,33 +120,24 @@ def _gpu() -> list[Case]:
         generated[0],
         Case("train t5 base", "training", t5(long), goal=1.2, utilization=0.4),
         Case("train gpt2 1558m", "training", large, ("lmx",), None, utilization=0.6),  # two do not fit on one card
-        Case(
-            "train switch base 8",
-            "training",
-            t5(long, experts=8),
-            ("lmx", "eager"),
-            goal=1.2,
-            utilization=0.4,
-            against="train t5 base",
-        ),
+        switch("train switch base 8", long, goal=1.2, utilization=0.4),
         Case("train bert base padded", "training", bert(long, packing=False), documents="padded"),
         *generated[1:],
         Case("train bert small packed", "training", bert(small), documents="packed", **no_goal),
         Case("train t5 small", "training", t5(small), **no_goal),
-        Case("train switch small 8", "training", t5(small, experts=8), against="train t5 small", **no_goal),
+        switch("train switch small 8", small, goal=None),
         Case("input of bert base", "input", bert(long), ("lmx", "eager"), None),
         Case("load gpt2 124m", "loading", gpt2(medium), ("lmx", "eager"), None),
     ]
 
 
 def _shrunk(case: Case) -> Case:
-    config = case.config.replace(
-        model={"num_layers": 2, "embed_dim": 64, "num_heads": 2, "mlp_dim": 128, "vocab_size": 512, "dtype": "float32"},
-        data={"length": 64, "target_length": 16},
-        train={"global_batch_size": 2},
-    )
+    model = {"num_layers": 2, "embed_dim": 64, "num_heads": 2, "mlp_dim": 128, "vocab_size": 512, "dtype": "float32"}
+    shape = {"model": model, "data": {"length": 64, "target_length": 16}, "train": {"global_batch_size": 2}}
+    config, twin = case.config.replace(**shape), case.twin and case.twin.replace(**shape)
     systems = tuple(system for system in case.systems if system != "compiled")
-    return dataclasses.replace(case, config=config, systems=systems, new_tokens=min(case.new_tokens, 8))
+    new_tokens = min(case.new_tokens, 8)
+    return dataclasses.replace(case, config=config, twin=twin, systems=systems, new_tokens=new_tokens)
 
 
 def gpt2(size: Size, heads: int | None = None) -> Config:
@@ -202,6 +190,11 @@ def t5(size: Size, experts: int = 0) -> Config:
         embedding_stddev=1.0,
         experts=Experts(num_experts=experts, every=2, decoder_every=2, first=1, capacity_factor=1.25, jitter=0.0),
     )
+
+
+def switch(name: str, size: Size, **goals: float | None) -> Case:
+    """Training a Switch Transformer of a size, beside its dense twin."""
+    return Case(name, "training", t5(size, experts=8), ("lmx", "eager", "twin"), twin=t5(size), **goals)
 
 
 def _config(size: Size, objective: Objective, vocab_size: int, **model) -> Config:

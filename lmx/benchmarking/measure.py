@@ -18,7 +18,7 @@ from lmx.benchmarking.cases import PEERS, Case
 from lmx.errors import LmxError
 
 ROUNDS = (3, 15)  # fewest and most turns
-SECONDS = 8.0  # that the turns of one case may take, if the fewest do not take longer
+SECONDS = 6.0  # that the turns of one case may take, if the fewest do not take longer
 MATMULS = {"cpu": ((2048, "float32"),), "gpu": ((8192, "bfloat16"),)}  # sizes and types of the measured peak
 
 
@@ -34,7 +34,7 @@ class Timing:
       peak: most bytes of memory from the first turn on, of the process on a CPU, of the device elsewhere; none where an
         earlier case has hidden it.
       compile: seconds of it that compiling took, where that is done apart.
-      flops: of a turn, where a formula tells.
+      flops: of a turn of lmx, where a formula tells.
     """
 
     seconds: list[float]
@@ -89,6 +89,13 @@ class Measured:
         if self.best_peer is None or "lmx" not in self.timings:
             return None
         return self.best_peer[1].median / self.timings["lmx"].median
+
+    @property
+    def to_twin(self) -> float | None:
+        """How many times as long lmx takes as at the dense twin."""
+        if not {"lmx", "twin"} <= self.timings.keys():
+            return None
+        return self.timings["lmx"].median / self.timings["twin"].median
 
 
 class System:
@@ -157,6 +164,9 @@ def measure(
 ) -> Measured:
     """Lets all systems of a case take turns at it; one that fails is left out from then on.
 
+    Their first turn each, after the one they get ready with, does not count: memory is still being had from the system
+    then, and it is as much as half longer than the rest.
+
     On a GPU, whose host has cores to spare, they get ready at the same time. ``profile`` is where a folder for a trace
     of lmx's turns is made.
     """
@@ -170,6 +180,9 @@ def measure(
             errors[name] = str(error)
             return {}
 
+    def take_turns(first_token: bool) -> dict[str, dict[str, list[float]]]:
+        return {name: ask(name, "run", first_token=first_token) for name in found if name not in errors}
+
     with tempfile.TemporaryDirectory() as folder:
         where = {"suite": suite, "platform": platform, "name": case.name, "folder": folder}
         tell(f"{case.name}: getting ready")
@@ -178,15 +191,15 @@ def measure(
             opened = list(pool.map(lambda name: {} if name in errors else ask(name, "open", **where), case.systems))
         for name, one in zip(case.systems, opened, strict=True):
             found[name] = {"seconds": [], "first_token": []} | one
+        take_turns(first_token=True)
         start, (fewest, most) = time.perf_counter(), ROUNDS
         for turn in range(most):
             if turn >= fewest and time.perf_counter() - start > SECONDS:
                 break
             tell(f"{case.name}: turn {turn + 1}")
-            for name in [name for name in found if name not in errors]:
-                found[name]["seconds"] += ask(name, "run").get("seconds", [])
-                if case.kind == "generation" and turn < fewest:
-                    found[name]["first_token"] += ask(name, "run", first_token=True).get("seconds", [])
+            for name, taken in take_turns(first_token=turn < fewest).items():
+                for field, seconds in taken.items():
+                    found[name][field] += seconds
         operations = {}
         if profile is not None and "lmx" not in errors:
             traces = profile / case.name.replace(",", "").replace(" ", "_")

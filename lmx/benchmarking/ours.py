@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import lmx
 from lmx.allocator import compute_on_main_thread
@@ -62,14 +62,26 @@ def prepare(case: Case, folder: Path) -> Callable[[], Work]:
     return lambda: Work(lambda: _load(folder, experiment))
 
 
+def open_work(case: Case, folder: Path, system: str) -> Work:
+    """Gets the case's twin ready, which reads what the case itself has left in ``folder``."""
+    experiment = abstract_experiment(case.twin, open_target(HERE))
+    return _training(experiment, _initial_state(experiment), load_file(folder / BATCH))
+
+
 def _initial_state(experiment: Experiment) -> TrainState:
     """As a run has it; drawn with layers stacked, which compiles sooner, wherever the model has them apart."""
     config = experiment.config
-    stacked = Transformer(dataclasses.replace(config.model, scan_layers=True))
-    params = jax.jit(lambda key: nn.meta.unbox(init_params(stacked, key)))(jax.random.key(config.seed))
+    params = _drawing(dataclasses.replace(config.model, scan_layers=True))(jax.random.key(config.seed))
     shardings = jax.tree.map(lambda x: x.sharding, state_layout(experiment))
     optimizer = experiment.optimizer()
     return jax.jit(lambda p: init_state(to_layout(p, config.model), optimizer), out_shardings=shardings)(params)
+
+
+@functools.cache
+def _drawing(config: Model) -> Callable[[jax.Array], Any]:
+    """Draws a model's parameters; compiled once for all cases that have the same model."""
+    model = Transformer(config)
+    return jax.jit(lambda key: nn.meta.unbox(init_params(model, key)))
 
 
 def profile(work: Work, folder: Path) -> dict[str, float]:

@@ -39,14 +39,8 @@ class Results:
 
     def utilization(self, found: Measured, timing: Timing) -> float | None:
         """FLOPs of the model over what the machine could have done in that time, by the measured peak."""
-        return found.flops / timing.median / self.peak if found.flops else None
-
-    def against(self, found: Measured) -> float | None:
-        """How many times as long lmx takes as at the case that this one is compared with."""
-        other = next((one for one in self.measured if one.case.name == found.case.against), None)
-        if other is None or "lmx" not in found.timings or "lmx" not in other.timings:
-            return None
-        return found.timings["lmx"].median / other.timings["lmx"].median
+        flops = timing.flops or found.flops
+        return flops / timing.median / self.peak if flops else None
 
     def rows(self) -> list[dict[str, Any]]:
         """As ``--json`` has it: every row a name, a value and its unit.
@@ -82,8 +76,8 @@ class Results:
             if found.ratio is not None:
                 rows.append({"name": f"{name}: ratio", "value": found.ratio, "unit": "", "ratio": found.ratio})
                 rows[-1]["goal"] = found.case.goal
-            if (longer := self.against(found)) is not None:
-                rows.append({"name": f"{name} to {found.case.against}", "value": longer, "unit": "", "ratio": longer})
+            if (longer := found.to_twin) is not None:
+                rows.append({"name": f"{name} to its dense twin", "value": longer, "unit": "", "ratio": longer})
                 rows[-1]["goal"] = found.case.at_most
         return rows
 
@@ -132,12 +126,12 @@ def print_table(results: Results, console: Console) -> None:
             )
         for system, why in found.errors.items():
             console.print(f"  {system}: {why[:200]}", style="red", highlight=False, markup=False, soft_wrap=True)
-        if (longer := results.against(found)) is not None:
+        if (longer := found.to_twin) is not None:
             most = found.case.at_most
             goal = f" (at most {most}: {'met' if longer <= most else 'missed'})" if most else ""
-            console.print(f"  {longer:.2f} x the time of {found.case.against}{goal}", highlight=False)
+            console.print(f"  {longer:.2f} x the time of its dense twin{goal}", highlight=False)
     console.print(
-        f"\nratio: the time of the fastest other system by that of lmx, and the goal. MFU: FLOPs of the model's matrix "
+        f"\nratio: the time of the fastest peer by that of lmx, and the goal. MFU: FLOPs of the model's matrix "
         f"products (training is 3 x forward; lmx.models.flops) by time and by {results.peak / 1e9:,.0f} GFLOP/s, which "
         "is what a large matrix product reaches here. ±: half of what the middle half of the turns differ by. memory: "
         "most from the first turn on. ready: from making the model to the end of the first turn, with compiling.",

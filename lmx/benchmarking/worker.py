@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmx.allocator import give_freed_memory_back, keep_freed_memory
-from lmx.benchmarking.cases import Case, cases
+from lmx.benchmarking.cases import PEERS, Case, cases
 from lmx.benchmarking.work import Work
 
 RESET_PEAK = "5"  # proc(5), clear_refs: the peak of resident memory starts afresh
@@ -57,12 +57,12 @@ class Worker:
         result = self.work.run()
         return {"result": result, "ready": time.perf_counter() - start, **self.work.facts}
 
-    def run(self, first_token: bool = False) -> dict[str, Any]:
-        """Seconds of one turn."""
-        work = self.work.first_token if first_token else self.work.run
-        start = time.perf_counter()
-        work()
-        return {"seconds": [time.perf_counter() - start]}
+    def run(self, first_token: bool) -> dict[str, list[float]]:
+        """Seconds of one turn; if they are asked for and there is such a thing, of one up to the first token, too."""
+        works = {"seconds": self.work.run}
+        if first_token and self.work.first_token is not None:
+            works["first_token"] = self.work.first_token
+        return {name: [_seconds(work)] for name, work in works.items()}
 
     def profile(self, folder: str) -> dict[str, Any]:
         """The operations that cost most, and a trace in ``folder``."""
@@ -96,6 +96,12 @@ class Worker:
         return {"rate": max(self.side.matmul_rate(size, dtype) for _ in range(times))}
 
 
+def _seconds(work: Callable[[], float]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def _case(suite: str, platform: str, name: str) -> Case:
     return next(case for case in cases(suite, platform) if case.name == name)
 
@@ -120,7 +126,7 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     keep_freed_memory()  # for the others, too
     system = sys.argv[1]
-    worker = Worker(system, importlib.import_module(f"lmx.benchmarking.{'ours' if system == 'lmx' else 'theirs'}"))
+    worker = Worker(system, importlib.import_module(f"lmx.benchmarking.{'theirs' if system in PEERS else 'ours'}"))
     for line in sys.stdin:
         asked = json.loads(line)
         try:
