@@ -17,7 +17,8 @@ def test_the_gpu_suite_can_be_tried_without_one(tmp_path):
     trained = {name.partition(": lmx, result")[0] for name in rows if name.endswith(": lmx, result")}
     trained = [name for name in trained if name.startswith("train")]
     assert len(trained) == 9
-    assert rows["train switch base 8 to train t5 base"]["ratio"] > 0
+    twin, same = (rows[f"{name}, result"]["value"] for name in ("train switch base 8: twin", "train t5 base: lmx"))
+    assert rows["train switch base 8 to its dense twin"]["ratio"] > 0 and twin == pytest.approx(same, rel=1e-5)
     assert all(0 < rows[f"{name}: lmx, MFU"]["value"] < 1 for name in trained)
     for name in set(trained) - {"train gpt2 1558m"}:  # two of that size do not fit on one card: it has no peer
         ours, theirs = (rows[f"{name}: {system}, result"]["value"] for system in ("lmx", "eager"))
