@@ -45,7 +45,7 @@ class Results:
     def rows(self) -> list[dict[str, Any]]:
         """As ``--json`` has it: every row a name, a value and its unit.
 
-        A ratio is at least its goal where it is over a peer; from one case to another it is at most that.
+        A ratio is at least its goal where it is over a peer; to the dense twin it is at most that.
         """
         rows = [{"name": "matmul peak", "value": self.peak, "unit": "FLOP/s"}]
         for found in self.measured:
